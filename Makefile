@@ -1,0 +1,53 @@
+# Every target makes .venv first if it has to; `make` alone lists them.
+# PYTHON=/path/to/python3 chooses the interpreter (3.12 or newer); without it scripts/find_python does.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format constraints clean
+
+PY := .venv/bin/python
+# pyright would ask the package index for a newer self at every run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 22
+
+demo: .venv/ready  ## Answer a handful of prompts with the demo model
+	@$(PY) examples/demo.py
+
+test: lint  ## Lint, then run the tests (ARGS="-k name" goes to pytest)
+	@$(PY) -m pytest $(ARGS)
+
+lint: .venv/ready  ## ruff (rules and format) and pyright
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check .
+	@$(PY) -m pyright
+
+format: .venv/ready  ## Let ruff fix and format what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+constraints: .venv/ready  ## Write the versions of .venv to constraints.txt
+	@{ echo "# The versions jpaged is tested with; written by make constraints."; \
+	   $(PY) -m pip freeze --exclude-editable --exclude jpaged; } > constraints.tmp
+	@mv constraints.tmp constraints.txt && touch .venv/ready
+
+clean:  ## Remove .venv, caches and build outputs
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/ready names the folder that .venv was made for: a moved or copied tree sets up again.
+ifneq "$(shell cat .venv/ready 2>/dev/null)" "$(CURDIR)"
+.PHONY: .venv/ready
+endif
+
+# An interrupted set-up leaves .venv/incomplete behind, and the next call starts it anew.
+.venv/ready: pyproject.toml constraints.txt
+	@if [ -e .venv/incomplete ] || ! $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	   python=$$(scripts/find_python) || exit 1; \
+	   echo "Making .venv with $$python"; \
+	   rm -rf .venv && mkdir .venv && touch .venv/incomplete && "$$python" -m venv .venv || exit 1; \
+	 fi
+	@touch .venv/incomplete
+	@echo "Installing jpaged and what it needs into .venv (about 1 GB, once)"
+	@$(PY) -m pip install -qq --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@rm .venv/incomplete && echo "$(CURDIR)" > $@
