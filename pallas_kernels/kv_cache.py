@@ -1,0 +1,95 @@
+"""The KV cache: the blocks of every layer in one array, and the write of new tokens into it."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from .paged_batch import PagedBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of L layers in P blocks (pages) of `block_size` tokens, K kv heads of dimension H each.
+
+    Stacked over layers, so that a model can be one `lax.scan` over its layers. A block of one layer is
+    contiguous. Which sequence owns which block is not known here: see `PagedBatch.block_tables`.
+
+    >>> cache = KVCache.create(num_layers=2, num_blocks=8, block_size=16, num_kv_heads=4, head_dim=64)
+    >>> cache.keys.shape, cache.block_size
+    ((2, 8, 16, 4, 64), 16)
+    """
+
+    keys: Float[Array, "L P block_size K H"]
+    values: Float[Array, "L P block_size K H"]
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike = jnp.float32,
+    ) -> "KVCache":
+        """An empty cache (zeros). Raises ValueError for a size below 1."""
+        sizes = {
+            "num_layers": num_layers,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"KVCache: {name} must be at least 1, got {size}")
+        shape = tuple(sizes.values())
+        return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[4]
+
+
+def write_kv(
+    cache: KVCache,
+    batch: PagedBatch,
+    layer: int | Int32[Array, ""],
+    key: Float[Array, "T K H"],
+    value: Float[Array, "T K H"],
+) -> KVCache:
+    """Writes the step's keys and values into their slots of one layer; slot -1 (padding) writes nothing.
+
+    In place when the cache is donated to the enclosing `jax.jit` (or carried through its loop).
+    Raises ValueError where shapes or dtypes of key, value, cache and batch disagree.
+    """
+    expected = (batch.slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim)
+    for name, array in (("key", key), ("value", value)):
+        if array.shape != expected:
+            raise ValueError(f"write_kv: {name} must be [tokens, kv_heads, head_dim] = {expected}, got {array.shape}")
+        if array.dtype != cache.keys.dtype:
+            raise ValueError(f"write_kv: {name} must have the cache's dtype {cache.keys.dtype}, got {array.dtype}")
+    # Floor division keeps -1 negative; a negative index is then out of range, and dropped, instead of wrapping.
+    block, offset = jnp.divmod(batch.slot_mapping, cache.block_size)
+
+    def scatter(pages: Array, new: Array) -> Array:
+        return pages.at[layer, block, offset].set(new, mode="drop", wrap_negative_indices=False)
+
+    return replace(cache, keys=scatter(cache.keys, key), values=scatter(cache.values, value))

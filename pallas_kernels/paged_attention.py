@@ -1,0 +1,144 @@
+"""Attention of a step's new tokens over the KV cache, read through block tables: the operation and its plain form."""
+
+import math
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from .kv_cache import KVCache
+from .paged_attention_xla import paged_attention_xla
+from .paged_batch import PagedBatch
+
+Implementation = Literal["xla", "reference"]
+
+
+def paged_attention(
+    query: Float[Array, "T N H"],
+    cache: KVCache,
+    batch: PagedBatch,
+    layer: int | Int32[Array, ""],
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T N H"]:
+    """PagedAttention (arXiv 2309.06180, eq. 4): causal attention of packed new tokens over paged keys and values.
+
+    Any mix of decodes and (chunked) prefills: the last new token of a sequence stands at position
+    `context_lens - 1` and sees its whole context, the one before it one token less, and so on. The keys and
+    values of the new tokens themselves must have been written (`write_kv`) before.
+
+    Args:
+      query: T packed tokens, N query heads of dimension H; N is a multiple of the cache's kv heads.
+      cache, batch: the blocks, and the tables that say whose they are.
+      layer: which layer of the cache.
+      scale: factor of the logits; None means 1 / sqrt(H).
+      logits_soft_cap: logits become cap * tanh(logits / cap), before masking.
+      local_window_size: (left, right) or both at once: a token sees at most `left` tokens before itself. What
+        lies to the right is masked by causality in any case.
+      implementation: "xla" works through tiles with an online softmax, at a cost that follows the contexts'
+        lengths; "reference" is the plain formula in float32. None takes the first that can.
+
+    Returns the attention's output in the query's dtype; tokens past the last sequence give zeros.
+
+    Raises ValueError for shapes, dtypes or options that do not fit together.
+
+    >>> cache = KVCache.create(num_layers=1, num_blocks=4, block_size=2, num_kv_heads=1, head_dim=8)
+    >>> batch = PagedBatch(block_tables=jnp.array([[3, 1]], jnp.int32), context_lens=jnp.array([3], jnp.int32),
+    ...     query_starts=jnp.array([0, 3], jnp.int32), slot_mapping=jnp.array([6, 7, 2], jnp.int32),
+    ...     num_decodes=jnp.int32(0), max_query_len=3)
+    >>> cache = write_kv(cache, batch, 0, jnp.ones((3, 1, 8)), jnp.ones((3, 1, 8)))
+    >>> paged_attention(jnp.ones((3, 2, 8)), cache, batch, 0).shape
+    (3, 2, 8)
+    """
+    _check(query, cache, batch, layer, logits_soft_cap, implementation)
+    run = {"xla": paged_attention_xla, "reference": _reference}[implementation or "xla"]
+    return run(
+        query,
+        cache,
+        batch,
+        jnp.asarray(layer, jnp.int32),
+        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        logits_soft_cap=logits_soft_cap,
+        window_left=_window_left(local_window_size),
+    )
+
+
+def _check(
+    query: Array,
+    cache: KVCache,
+    batch: PagedBatch,
+    layer: int | Array,
+    logits_soft_cap: float | None,
+    implementation: str | None,
+) -> None:
+    tokens = batch.slot_mapping.shape[0]
+    if query.ndim != 3 or query.shape[0] != tokens or query.shape[2] != cache.head_dim:
+        raise ValueError(
+            "paged_attention: query must be [tokens, q_heads, head_dim] = "
+            f"({tokens}, q_heads, {cache.head_dim}), got {query.shape}"
+        )
+    if query.shape[1] % cache.num_kv_heads:
+        raise ValueError(
+            f"paged_attention: query heads must be a multiple of the cache's {cache.num_kv_heads} kv heads, "
+            f"got {query.shape[1]}"
+        )
+    if query.dtype != cache.keys.dtype:
+        raise ValueError(f"paged_attention: query must have the cache's dtype {cache.keys.dtype}, got {query.dtype}")
+    if isinstance(layer, int) and not 0 <= layer < cache.keys.shape[0]:
+        raise ValueError(f"paged_attention: layer must be in [0, {cache.keys.shape[0]}), got {layer}")
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"paged_attention: logits_soft_cap must be positive or None, got {logits_soft_cap}")
+    if implementation not in (None, "xla", "reference"):
+        raise ValueError(f"paged_attention: implementation must be 'xla', 'reference' or None, got {implementation!r}")
+
+
+def _window_left(window: int | tuple[int, int] | None) -> int | None:
+    left, right = (window, window) if isinstance(window, int) or window is None else window
+    if left is not None and (left < 0 or right < 0):
+        raise ValueError(f"paged_attention: local_window_size must not be negative, got {window}")
+    return left
+
+
+@partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "window_left"))
+def _reference(
+    query: Array,
+    cache: KVCache,
+    batch: PagedBatch,
+    layer: Array,
+    *,
+    scale: float,
+    logits_soft_cap: float | None,
+    window_left: int | None,
+) -> Array:
+    """Every token against the whole table of its sequence, S = max_blocks * block_size keys, in float32."""
+    T, N, H = query.shape
+    K = cache.num_kv_heads
+    token = jnp.arange(T)
+    row = jnp.searchsorted(batch.query_starts[1:], token, side="right")  # of each token; R for padding
+    is_real = token < batch.query_starts[-1]
+    row = jnp.where(is_real, row, 0)
+    position = batch.context_lens[row] - batch.query_starts[row + 1] + token
+
+    def gather(pages: Array) -> Array:
+        pages = pages[layer, batch.block_tables[row]].astype(jnp.float32)
+        return pages.reshape(T, -1, K, H)
+
+    key, value = gather(cache.keys), gather(cache.values)
+    key_position = jnp.arange(key.shape[1])
+    visible = is_real[:, None] & (key_position[None] <= position[:, None])
+    if window_left is not None:
+        visible &= key_position[None] >= position[:, None] - window_left
+    visible = visible[:, None, None]  # [T, 1, 1, S]
+    logits = jnp.einsum("tkgh,tskh->tkgs", query.astype(jnp.float32).reshape(T, K, N // K, H), key) * scale
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    probs = jax.nn.softmax(logits, axis=-1, where=visible)
+    # What nobody owns may hold anything, NaN too: 0 * NaN must not reach the sum.
+    value = jnp.where(visible[:, 0, 0, :, None, None], value, 0.0)
+    out = jnp.einsum("tkgs,tskh->tkgh", probs, value).reshape(T, N, H)
+    return jnp.where(is_real[:, None, None], out, 0.0).astype(query.dtype)
