@@ -1,0 +1,212 @@
+"""Llama in Flax NNX: one set of parameters, a dense forward pass to train with and a paged one to serve with."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import KVCache, PagedBatch, flash_attention, paged_attention, write_kv
+
+from .config import LlamaConfig
+from .rotary import Rotary, rotate
+
+State = TypeVar("State")
+Attend = Callable[[Array, Array, Array], tuple[Array, State]]
+"""query [..., N, H], key and value [..., K, H] -> output [..., N, H], and what the caller wants carried on."""
+
+
+def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square layer normalization (arXiv 1910.07467, eq. 4), computed in float32."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: DTypeLike):
+        self.weight_d = nnx.Param(jnp.ones(config.d_model, dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * _as_row(self.weight_d[...], x)
+
+
+def _as_row(weight_d: Array, x: Array) -> Array:
+    return weight_d.reshape((1,) * (x.ndim - 1) + weight_d.shape)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; what attends to what is the caller's."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_weight_dnh = _weight(rngs, (D, N, H), D, dtype)
+        self.k_weight_dkh = _weight(rngs, (D, K, H), D, dtype)
+        self.v_weight_dkh = _weight(rngs, (D, K, H), D, dtype)
+        self.o_weight_nhd = _weight(rngs, (N, H, D), N * H, dtype)
+
+    def __call__(
+        self, x: Float[Array, "*B D"], rotary: Rotary, attend: Attend[State]
+    ) -> tuple[Float[Array, "*B D"], State]:
+        query = rotate(jnp.einsum("...d,dnh->...nh", x, self.q_weight_dnh[...]), rotary)
+        key = rotate(jnp.einsum("...d,dkh->...kh", x, self.k_weight_dkh[...]), rotary)
+        value = jnp.einsum("...d,dkh->...kh", x, self.v_weight_dkh[...])
+        out, state = attend(query, key, value)
+        # Flat: XLA's CPU compiler would transpose the weight for a contraction over two axes, at every call.
+        o_weight = self.o_weight_nhd[...].reshape(-1, x.shape[-1])
+        return out.reshape(*x.shape[:-1], -1) @ o_weight, state
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        D, F = config.d_model, config.d_ff
+        self.gate_weight_df = _weight(rngs, (D, F), D, dtype)
+        self.up_weight_df = _weight(rngs, (D, F), D, dtype)
+        self.down_weight_fd = _weight(rngs, (F, D), F, dtype)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        gate = jnp.einsum("...d,df->...f", x, self.gate_weight_df[...])
+        up = jnp.einsum("...d,df->...f", x, self.up_weight_df[...])
+        return jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, self.down_weight_fd[...])
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each behind its norm and around a residual."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.attention_norm = RMSNorm(config, dtype=dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "*B D"], rotary: Rotary, attend: Attend[State]
+    ) -> tuple[Float[Array, "*B D"], State]:
+        with jax.named_scope("attention"):
+            out, state = self.attention(self.attention_norm(x), rotary, attend)
+            x = x + out
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.weight_vd = _weight(rngs, (config.vocab_size, config.d_model), config.d_model, dtype)
+
+    def __call__(self, tokens: Int32[Array, "*B"]) -> Float[Array, "*B D"]:
+        return self.weight_vd[...].at[tokens].get(mode="clip")
+
+    def logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+        # Weights on the left: XLA's CPU matmul of one row with a transposed right-hand side is three times slower.
+        return jnp.einsum("vd,nd->vn", self.weight_vd[...], hidden, preferred_element_type=jnp.float32).T
+
+
+class Head(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.weight_dv = _weight(rngs, (config.d_model, config.vocab_size), config.d_model, dtype)
+
+    def logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+        return jnp.einsum("nd,dv->nv", hidden, self.weight_dv[...], preferred_element_type=jnp.float32)
+
+
+class Llama(nnx.Module):
+    """The Llama family (arXiv 2407.21783 and before): pre-norm, rotary positions, grouped queries, SwiGLU.
+
+    Args:
+      config: shape and constants.
+      rngs: of the random initial weights.
+      dtype: of parameters and activations; norms, softmax and logits are float32.
+      scan_layers: layers stacked in one leaf a weight and run by `lax.scan`, which compiles a GPU program of one
+        layer; else separate leaves run one after the other, which spares a CPU a copy of every layer's weights.
+
+    >>> config = LlamaConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    ...                      d_ff=32, max_len=128)
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((1, 5), jnp.int32)).shape
+    (1, 5, 64)
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
+    ):
+        self.config = config
+        self.scan_layers = scan_layers
+        self.embedding = Embedding(config, rngs=rngs, dtype=dtype)
+        if scan_layers:
+            keys = jax.random.split(rngs.params(), config.num_layers)
+            self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
+        else:
+            self.layers = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config, dtype=dtype)
+        self.head = None if config.tie_embeddings else Head(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        *,
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits (float32) of a dense batch, causal; packed sequences by `segment_ids` and their `positions`."""
+        B, T = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        rotary = Rotary.at(positions, self.config)
+
+        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+            return flash_attention(query, key, value, is_causal=True, segment_ids=segment_ids), None
+
+        def run(block: Block, layer: Array, x: Array, state: None) -> tuple[Array, None]:
+            return block(x, rotary, attend)
+
+        x, _ = self._run_layers(run, self.embedding(tokens), None)
+        return self.logits(self.norm(x).reshape(B * T, -1)).reshape(B, T, -1)
+
+    def step(
+        self,
+        tokens: Int32[Array, " T"],
+        positions: Int32[Array, " T"],
+        cache: KVCache,
+        batch: PagedBatch,
+    ) -> tuple[Float[Array, "T D"], KVCache]:
+        """The final hidden states of T packed tokens, whose keys and values go into the cache (see `PagedBatch`)."""
+        rotary = Rotary.at(positions, self.config)
+
+        def run(block: Block, layer: Array, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
+            def attend(query: Array, key: Array, value: Array) -> tuple[Array, KVCache]:
+                written = write_kv(cache, batch, layer, key, value)
+                return paged_attention(query, written, batch, layer), written
+
+            return block(x, rotary, attend)
+
+        x, cache = self._run_layers(run, self.embedding(tokens), cache)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
+        """Next-token logits, float32, of the hidden states that `step` returned."""
+        with jax.named_scope("logits"):
+            return (self.embedding if self.head is None else self.head).logits(hidden)
+
+    def _run_layers(
+        self, run: Callable[[Block, Array, Array, State], tuple[Array, State]], x: Array, state: State
+    ) -> tuple[Array, State]:
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        if self.scan_layers:
+
+            def body(carry: tuple[Array, State], xs: tuple[Block, Array]) -> tuple[tuple[Array, State], None]:
+                return run(*xs, *carry), None
+
+            return lax.scan(body, (x, state), (self.layers, layers))[0]
+        run = jax.jit(run)  # one trace for all layers
+        for block, layer in zip(self.layers, layers, strict=True):
+            x, state = run(block, layer, x, state)
+        return x, state

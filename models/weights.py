@@ -1,0 +1,126 @@
+"""Fills a model's leaves from a checkpoint's tensors, by one table of names for a family and file format."""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from .config import LlamaConfig
+
+# name in the checkpoint -> (path of the leaf, its axes there -> its axes here); {} is the layer. What stands
+# between two commas is one axis of the checkpoint. h is half of H: GGUF keeps the two numbers of a rotary
+# pair of q and k beside each other, Hugging Face and this model half a head apart.
+Table = Mapping[str, tuple[str, str]]
+
+LLAMA_HUGGING_FACE: Table = {
+    "model.embed_tokens.weight": ("embedding.weight_vd", "V, D -> V D"),
+    "model.layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.weight_d", "D -> D"),
+    "model.layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.q_weight_dnh", "N H, D -> D N H"),
+    "model.layers.{}.self_attn.k_proj.weight": ("layers.{}.attention.k_weight_dkh", "K H, D -> D K H"),
+    "model.layers.{}.self_attn.v_proj.weight": ("layers.{}.attention.v_weight_dkh", "K H, D -> D K H"),
+    "model.layers.{}.self_attn.o_proj.weight": ("layers.{}.attention.o_weight_nhd", "D, N H -> N H D"),
+    "model.layers.{}.post_attention_layernorm.weight": ("layers.{}.mlp_norm.weight_d", "D -> D"),
+    "model.layers.{}.mlp.gate_proj.weight": ("layers.{}.mlp.gate_weight_df", "F, D -> D F"),
+    "model.layers.{}.mlp.up_proj.weight": ("layers.{}.mlp.up_weight_df", "F, D -> D F"),
+    "model.layers.{}.mlp.down_proj.weight": ("layers.{}.mlp.down_weight_fd", "D, F -> F D"),
+    "model.norm.weight": ("norm.weight_d", "D -> D"),
+    "lm_head.weight": ("head.weight_dv", "V, D -> D V"),
+}
+LLAMA_GGUF: Table = {
+    "token_embd.weight": ("embedding.weight_vd", "V, D -> V D"),
+    "blk.{}.attn_norm.weight": ("layers.{}.attention_norm.weight_d", "D -> D"),
+    "blk.{}.attn_q.weight": ("layers.{}.attention.q_weight_dnh", "N h 2, D -> D N 2 h"),
+    "blk.{}.attn_k.weight": ("layers.{}.attention.k_weight_dkh", "K h 2, D -> D K 2 h"),
+    "blk.{}.attn_v.weight": ("layers.{}.attention.v_weight_dkh", "K H, D -> D K H"),
+    "blk.{}.attn_output.weight": ("layers.{}.attention.o_weight_nhd", "D, N H -> N H D"),
+    "blk.{}.ffn_norm.weight": ("layers.{}.mlp_norm.weight_d", "D -> D"),
+    "blk.{}.ffn_gate.weight": ("layers.{}.mlp.gate_weight_df", "F, D -> D F"),
+    "blk.{}.ffn_up.weight": ("layers.{}.mlp.up_weight_df", "F, D -> D F"),
+    "blk.{}.ffn_down.weight": ("layers.{}.mlp.down_weight_fd", "D, F -> F D"),
+    "output_norm.weight": ("norm.weight_d", "D -> D"),
+    "output.weight": ("head.weight_dv", "V, D -> D V"),
+}
+# Rotary frequencies, which the configuration holds.
+_KNOWN_EXTRAS = re.compile(r"rope_freqs\.weight|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_LAYER = re.compile(r"layers\.(?:(\d+)\.)?(.+)")
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Tensors by name, each read only when asked for."""
+
+    def __getitem__(self, name: str, /) -> np.ndarray: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def shape(self, name: str, /) -> tuple[int, ...]: ...
+
+
+def fill[Model](model: Model, checkpoint: Checkpoint, table: Table, config: LlamaConfig) -> Model:
+    """Returns `model`, made by `nnx.eval_shape`, with the checkpoint's tensors in place of its shapes.
+
+    Layers may be separate modules (`layers.0.mlp_norm.weight_d` [D]) or one with stacked leaves
+    (`layers.mlp_norm.weight_d` [L, D]). Tensors are read and converted one at a time, so the peak of memory
+    is the model and one of its leaves.
+
+    Raises ValueError that lists the tensors missing or left over, or names one of the wrong shape, before any
+    is read.
+    """
+    sizes = {"V": config.vocab_size, "D": config.d_model, "N": config.num_heads, "K": config.num_kv_heads}
+    sizes |= {"H": config.head_dim, "h": config.head_dim // 2, "2": 2, "F": config.d_ff}
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    sources = [_source(path.removesuffix(".value"), table, config) for path in paths]
+
+    axes_by_name = {name: source.axes for source in sources for name in source.names}
+    present = set(checkpoint)
+    missing = [name for name in axes_by_name if name not in present]
+    left_over = [name for name in checkpoint if name not in axes_by_name and not _KNOWN_EXTRAS.fullmatch(name)]
+    if missing or left_over:
+        raise ValueError(f"tensors missing: {_listed(missing)}; left over: {_listed(left_over)}")
+    for name, axes in axes_by_name.items():
+        groups = axes.partition("->")[0].split(",")
+        expected = tuple(prod(sizes[axis] for axis in group.split()) for group in groups)
+        if checkpoint.shape(name) != expected:
+            raise ValueError(f"tensor {name}: expected shape {expected}, got {checkpoint.shape(name)}")
+
+    arrays = []
+    for (_, leaf), source in zip(leaves, sources, strict=True):
+        array = np.empty(leaf.shape, leaf.dtype)
+        parts = array if source.is_stacked else array[None]
+        for i, name in enumerate(source.names):
+            parts[i] = _rearranged(checkpoint[name], source.axes, sizes).reshape(parts.shape[1:])
+        arrays.append(jax.device_put(array))
+    return jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+class _Source(NamedTuple):
+    names: list[str]
+    axes: str
+    is_stacked: bool
+
+
+def _source(path: str, table: Table, config: LlamaConfig) -> _Source:
+    """Returns the tensors that a leaf is made of: one, or one for each layer."""
+    rules = {target: (name, axes) for name, (target, axes) in table.items()}
+    match = _LAYER.fullmatch(path)
+    if match is None:
+        name, axes = rules[path]
+        return _Source([name], axes, is_stacked=False)
+    layer, rest = match.groups()
+    name, axes = rules["layers.{}." + rest]
+    if layer is None:
+        return _Source([name.format(i) for i in range(config.num_layers)], axes, is_stacked=True)
+    return _Source([name.format(layer)], axes, is_stacked=False)
+
+
+def _rearranged(tensor: np.ndarray, axes: str, sizes: Mapping[str, int]) -> np.ndarray:
+    before, _, after = axes.replace(",", "").partition("->")
+    before, after = before.split(), after.split()
+    return tensor.reshape([sizes[axis] for axis in before]).transpose([before.index(axis) for axis in after])
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
