@@ -2,25 +2,41 @@
 
 import math
 from functools import partial
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from .arguments import check_implementation, check_soft_cap, window_sides
+
 Implementation = Literal["xla", "reference"]
 SegmentIds = Int32[Array, "B T"] | tuple[Int32[Array, "B T"], Int32[Array, "B S"]]
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of `flash_attention`, but for `return_residual`."""
+
+    scale: float | None
+    is_causal: bool
+    query_offset: int
+    query_seq_lengths: Int32[Array, " B"] | None
+    key_value_seq_lengths: Int32[Array, " B"] | None
+    segment_ids: SegmentIds | None
+    local_window_size: int | tuple[int, int] | None
+    logits_soft_cap: float | None
+    implementation: Implementation | None
+
+
 @overload
 def flash_attention(
     query: Array, key: Array, value: Array, bias: Array | None = ..., mask: Array | None = ...,
-    *, return_residual: Literal[False] = ..., **options: object,
+    *, return_residual: Literal[False] = ..., **options: Unpack[Options],
 ) -> Array: ...  # fmt: skip
 @overload
 def flash_attention(
     query: Array, key: Array, value: Array, bias: Array | None = ..., mask: Array | None = ...,
-    *, return_residual: Literal[True], **options: object,
+    *, return_residual: Literal[True], **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...  # fmt: skip
 def flash_attention(
     query: Float[Array, "B T N H"],
@@ -69,7 +85,9 @@ def flash_attention(
     >>> flash_attention(q, kv, kv, is_causal=True).shape
     (1, 5, 4, 8)
     """
-    _check(query, key, value, bias, mask, segment_ids, logits_soft_cap, implementation)
+    _check_arrays(query, key, value, bias, mask)
+    check_soft_cap("flash_attention", logits_soft_cap)
+    check_implementation("flash_attention", implementation)
     B, T, _, H = query.shape
     visible = _visible(
         (B, T, key.shape[1]),
@@ -79,7 +97,7 @@ def flash_attention(
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,
         segment_ids=segment_ids,
-        window=local_window_size,
+        window=window_sides("flash_attention", local_window_size),
     )
     out, residual = _plain(
         query,
@@ -94,21 +112,13 @@ def flash_attention(
     return (out, residual) if return_residual else out
 
 
-def _check(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    segment_ids: SegmentIds | None,
-    logits_soft_cap: float | None,
-    implementation: str | None,
-) -> None:
+def _check_arrays(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None) -> None:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise ValueError(f"flash_attention: {name} must be [batch, length, heads, head_dim], got {array.shape}")
-        if array.dtype != query.dtype:
-            raise ValueError(f"flash_attention: {name} must have the query's dtype {query.dtype}, got {array.dtype}")
+        if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+            expected = query.dtype if jnp.issubdtype(query.dtype, jnp.floating) else "a floating dtype"
+            raise ValueError(f"flash_attention: {name} must have {expected}, as the others, got {array.dtype}")
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     if key.shape != (B, S, K, H) or value.shape != key.shape:
         raise ValueError(
@@ -124,12 +134,11 @@ def _check(
             raise ValueError(f"flash_attention: {name} must broadcast to {(B, N, T, S)}, got {array.shape}")
     if mask is not None and mask.dtype != jnp.bool_:
         raise ValueError(f"flash_attention: mask must be bool, got {mask.dtype}")
-    if segment_ids is not None and not isinstance(segment_ids, tuple) and T != S:
-        raise ValueError(f"flash_attention: one segment_ids array needs q_len == kv_len, got {T} and {S}")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"flash_attention: logits_soft_cap must be positive or None, got {logits_soft_cap}")
-    if implementation not in (None, "xla", "reference"):
-        raise ValueError(f"flash_attention: implementation must be 'xla', 'reference' or None, got {implementation!r}")
+
+
+def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise ValueError(f"flash_attention: {name} must be {expected}, got {array.shape}")
 
 
 def _visible(
@@ -141,7 +150,7 @@ def _visible(
     query_seq_lengths: Array | None,
     key_value_seq_lengths: Array | None,
     segment_ids: SegmentIds | None,
-    window: int | tuple[int, int] | None,
+    window: tuple[int, int] | None,
 ) -> Array:
     """Which keys each row sees: bool [B|1, N|1, T, S]."""
     B, T, S = shape
@@ -151,16 +160,20 @@ def _visible(
     if is_causal:
         visible &= (column <= position)[None, None]
     if window is not None:
-        left, right = (window, window) if isinstance(window, int) else window
-        if left < 0 or right < 0:
-            raise ValueError(f"flash_attention: local_window_size must not be negative, got {window}")
+        left, right = window
         visible &= ((column >= position - left) & (column <= position + right))[None, None]
     if query_seq_lengths is not None:
-        visible &= row[None, None] < query_seq_lengths.reshape(B, 1, 1, 1)
+        _check_shape("query_seq_lengths", query_seq_lengths, (B,))
+        visible &= row[None, None] < query_seq_lengths[:, None, None, None]
     if key_value_seq_lengths is not None:
-        visible &= column[None, None] < key_value_seq_lengths.reshape(B, 1, 1, 1)
+        _check_shape("key_value_seq_lengths", key_value_seq_lengths, (B,))
+        visible &= column[None, None] < key_value_seq_lengths[:, None, None, None]
     if segment_ids is not None:
+        if not isinstance(segment_ids, tuple) and T != S:
+            raise ValueError(f"flash_attention: one segment_ids array needs q_len == kv_len, got {T} and {S}")
         of_query, of_key = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        _check_shape("segment_ids of the query", of_query, (B, T))
+        _check_shape("segment_ids of the key", of_key, (B, S))
         visible &= (of_query[:, :, None] == of_key[:, None, :])[:, None]
     return visible if mask is None else visible & mask
 

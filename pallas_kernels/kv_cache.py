@@ -68,6 +68,12 @@ class KVCache:
         return self.keys.shape[4]
 
 
+def check_layer(function: str, cache: KVCache, layer: int | Array) -> None:
+    """Raises ValueError for a layer that the cache does not have, where its number is known."""
+    if isinstance(layer, int) and not 0 <= layer < cache.keys.shape[0]:
+        raise ValueError(f"{function}: layer must be in [0, {cache.keys.shape[0]}), got {layer}")
+
+
 def write_kv(
     cache: KVCache,
     batch: PagedBatch,
@@ -86,6 +92,7 @@ def write_kv(
             raise ValueError(f"write_kv: {name} must be [tokens, kv_heads, head_dim] = {expected}, got {array.shape}")
         if array.dtype != cache.keys.dtype:
             raise ValueError(f"write_kv: {name} must have the cache's dtype {cache.keys.dtype}, got {array.dtype}")
+    check_layer("write_kv", cache, layer)
     # Floor division keeps -1 negative; a negative index is then out of range, and dropped, instead of wrapping.
     block, offset = jnp.divmod(batch.slot_mapping, cache.block_size)
 

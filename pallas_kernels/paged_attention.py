@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from .kv_cache import KVCache
+from .arguments import check_implementation, check_soft_cap, window_sides
+from .kv_cache import KVCache, check_layer
 from .paged_attention_xla import paged_attention_xla
 from .paged_batch import PagedBatch
 
@@ -55,7 +56,10 @@ def paged_attention(
     >>> paged_attention(jnp.ones((3, 2, 8)), cache, batch, 0).shape
     (3, 2, 8)
     """
-    _check(query, cache, batch, layer, logits_soft_cap, implementation)
+    _check(query, cache, batch, layer)
+    check_soft_cap("paged_attention", logits_soft_cap)
+    check_implementation("paged_attention", implementation)
+    window = window_sides("paged_attention", local_window_size)
     run = {"xla": paged_attention_xla, "reference": _reference}[implementation or "xla"]
     return run(
         query,
@@ -64,19 +68,13 @@ def paged_attention(
         jnp.asarray(layer, jnp.int32),
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         logits_soft_cap=logits_soft_cap,
-        window_left=_window_left(local_window_size),
+        window_left=None if window is None else window[0],
     )
 
 
-def _check(
-    query: Array,
-    cache: KVCache,
-    batch: PagedBatch,
-    layer: int | Array,
-    logits_soft_cap: float | None,
-    implementation: str | None,
-) -> None:
+def _check(query: Array, cache: KVCache, batch: PagedBatch, layer: int | Array) -> None:
     tokens = batch.slot_mapping.shape[0]
+    _check_batch(batch)
     if query.ndim != 3 or query.shape[0] != tokens or query.shape[2] != cache.head_dim:
         raise ValueError(
             "paged_attention: query must be [tokens, q_heads, head_dim] = "
@@ -89,19 +87,21 @@ def _check(
         )
     if query.dtype != cache.keys.dtype:
         raise ValueError(f"paged_attention: query must have the cache's dtype {cache.keys.dtype}, got {query.dtype}")
-    if isinstance(layer, int) and not 0 <= layer < cache.keys.shape[0]:
-        raise ValueError(f"paged_attention: layer must be in [0, {cache.keys.shape[0]}), got {layer}")
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"paged_attention: logits_soft_cap must be positive or None, got {logits_soft_cap}")
-    if implementation not in (None, "xla", "reference"):
-        raise ValueError(f"paged_attention: implementation must be 'xla', 'reference' or None, got {implementation!r}")
+    check_layer("paged_attention", cache, layer)
 
 
-def _window_left(window: int | tuple[int, int] | None) -> int | None:
-    left, right = (window, window) if isinstance(window, int) or window is None else window
-    if left is not None and (left < 0 or right < 0):
-        raise ValueError(f"paged_attention: local_window_size must not be negative, got {window}")
-    return left
+def _check_batch(batch: PagedBatch) -> None:
+    """Raises ValueError where the tables, lengths and starts are not of the same number of sequences."""
+    sizes = (*batch.block_tables.shape[:1], *batch.context_lens.shape, batch.query_starts.size - 1)
+    R = max(sizes, key=sizes.count)
+    for name, shape, expected in (
+        ("block_tables", batch.block_tables.shape, (R, *batch.block_tables.shape[1:2])),
+        ("context_lens", batch.context_lens.shape, (R,)),
+        ("query_starts", batch.query_starts.shape, (R + 1,)),
+    ):
+        if shape != expected or (name == "block_tables" and len(shape) != 2):
+            wanted = f"[{R}, max_blocks]" if name == "block_tables" else expected
+            raise ValueError(f"paged_attention: batch.{name} must be {wanted} for {R} sequences, got {shape}")
 
 
 @partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "window_left"))
