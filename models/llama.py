@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import KVCache, PagedBatch, flash_attention, paged_attention, write_kv
 
 from .config import LlamaConfig
+from .linear import linear
 from .rotary import Rotary, rotate
 
 State = TypeVar("State")
@@ -46,21 +47,23 @@ class Attention(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_weight_dnh = _weight(rngs, (D, N, H), D, dtype)
-        self.k_weight_dkh = _weight(rngs, (D, K, H), D, dtype)
-        self.v_weight_dkh = _weight(rngs, (D, K, H), D, dtype)
-        self.o_weight_nhd = _weight(rngs, (N, H, D), N * H, dtype)
+        self.q_weight_nhd = _weight(rngs, (N, H, D), D, dtype)
+        self.k_weight_khd = _weight(rngs, (K, H, D), D, dtype)
+        self.v_weight_khd = _weight(rngs, (K, H, D), D, dtype)
+        self.o_weight_dnh = _weight(rngs, (D, N, H), N * H, dtype)
 
     def __call__(
         self, x: Float[Array, "*B D"], rotary: Rotary, attend: Attend[State]
     ) -> tuple[Float[Array, "*B D"], State]:
-        query = rotate(jnp.einsum("...d,dnh->...nh", x, self.q_weight_dnh[...]), rotary)
-        key = rotate(jnp.einsum("...d,dkh->...kh", x, self.k_weight_dkh[...]), rotary)
-        value = jnp.einsum("...d,dkh->...kh", x, self.v_weight_dkh[...])
-        out, state = attend(query, key, value)
-        # Flat: XLA's CPU compiler would transpose the weight for a contraction over two axes, at every call.
-        o_weight = self.o_weight_nhd[...].reshape(-1, x.shape[-1])
-        return out.reshape(*x.shape[:-1], -1) @ o_weight, state
+        query = rotate(_heads(self.q_weight_nhd[...], x), rotary)
+        key = rotate(_heads(self.k_weight_khd[...], x), rotary)
+        out, state = attend(query, key, _heads(self.v_weight_khd[...], x))
+        o_weight = self.o_weight_dnh[...].reshape(x.shape[-1], -1)
+        return linear(o_weight, out.reshape(*x.shape[:-1], -1)), state
+
+
+def _heads(weight: Float[Array, "heads H D"], x: Float[Array, "*B D"]) -> Float[Array, "*B heads H"]:
+    return linear(weight.reshape(-1, x.shape[-1]), x).reshape(*x.shape[:-1], *weight.shape[:2])
 
 
 class MLP(nnx.Module):
@@ -68,14 +71,13 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, F = config.d_model, config.d_ff
-        self.gate_weight_df = _weight(rngs, (D, F), D, dtype)
-        self.up_weight_df = _weight(rngs, (D, F), D, dtype)
-        self.down_weight_fd = _weight(rngs, (F, D), F, dtype)
+        self.gate_weight_fd = _weight(rngs, (F, D), D, dtype)
+        self.up_weight_fd = _weight(rngs, (F, D), D, dtype)
+        self.down_weight_df = _weight(rngs, (D, F), F, dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gate = jnp.einsum("...d,df->...f", x, self.gate_weight_df[...])
-        up = jnp.einsum("...d,df->...f", x, self.up_weight_df[...])
-        return jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, self.down_weight_fd[...])
+        gate, up = linear(self.gate_weight_fd[...], x), linear(self.up_weight_fd[...], x)
+        return linear(self.down_weight_df[...], jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -99,6 +101,8 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
+    """A vector for each token; also the output head, with weights of its own or the embedding's."""
+
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.weight_vd = _weight(rngs, (config.vocab_size, config.d_model), config.d_model, dtype)
 
@@ -106,16 +110,7 @@ class Embedding(nnx.Module):
         return self.weight_vd[...].at[tokens].get(mode="clip")
 
     def logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-        # Weights on the left: XLA's CPU matmul of one row with a transposed right-hand side is three times slower.
-        return jnp.einsum("vd,nd->vn", self.weight_vd[...], hidden, preferred_element_type=jnp.float32).T
-
-
-class Head(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.weight_dv = _weight(rngs, (config.d_model, config.vocab_size), config.d_model, dtype)
-
-    def logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-        return jnp.einsum("nd,dv->nv", hidden, self.weight_dv[...], preferred_element_type=jnp.float32)
+        return linear(self.weight_vd[...], hidden, out_dtype=jnp.float32)
 
 
 class Llama(nnx.Module):
@@ -139,7 +134,6 @@ class Llama(nnx.Module):
         self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, scan_layers: bool = False
     ):
         self.config = config
-        self.scan_layers = scan_layers
         self.embedding = Embedding(config, rngs=rngs, dtype=dtype)
         if scan_layers:
             keys = jax.random.split(rngs.params(), config.num_layers)
@@ -147,7 +141,7 @@ class Llama(nnx.Module):
         else:
             self.layers = nnx.List([Block(config, rngs=rngs, dtype=dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config, dtype=dtype)
-        self.head = None if config.tie_embeddings else Head(config, rngs=rngs, dtype=dtype)
+        self.head = None if config.tie_embeddings else Embedding(config, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
@@ -200,7 +194,7 @@ class Llama(nnx.Module):
         self, run: Callable[[Block, Array, Array, State], tuple[Array, State]], x: Array, state: State
     ) -> tuple[Array, State]:
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        if self.scan_layers:
+        if isinstance(self.layers, Block):
 
             def body(carry: tuple[Array, State], xs: tuple[Block, Array]) -> tuple[tuple[Array, State], None]:
                 return run(*xs, *carry), None
