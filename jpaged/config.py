@@ -1,0 +1,45 @@
+"""What an engine is given to work with."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # so that the defaults can be read without JAX
+    from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and limits of one engine; the fields are also the keyword arguments of `LLM`.
+
+    Raises ValueError that names the field, what was expected and what came.
+    """
+
+    block_size: int = 16
+    """Tokens a block of the KV cache holds."""
+    num_blocks: int | None = None
+    """Blocks of the cache; None takes what fits (see `memory_utilization`)."""
+    max_num_seqs: int = 64
+    """Sequences that run at once."""
+    max_num_batched_tokens: int = 2048
+    """Tokens one step computes; longer prompts are computed in chunks."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together; None is the model's own limit."""
+    memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, cache and activations may take. On a CPU, where memory is everybody's,
+    `num_blocks=None` takes up to 2 GiB for the cache, and no more than this share of half of what is free."""
+    dtype: "DTypeLike | None" = None
+    """Of weights, activations and cache; None is bfloat16 on a GPU and float32 on a CPU."""
+    seed: int = 0
+    """Where requests without a seed of their own get theirs from."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            value = getattr(self, name)
+            if value is None and name in ("num_blocks", "max_model_len"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not 0 < self.memory_utilization <= 1:
+            raise ValueError(f"memory_utilization: expected a number in (0, 1], got {self.memory_utilization!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an int, got {self.seed!r}")

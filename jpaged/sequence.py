@@ -1,0 +1,55 @@
+"""One sample's tokens (`Sequence`) and the request it belongs to (`SequenceGroup`)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "error", "abort"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The prompt and the tokens generated after it, of one of a request's `n` samples.
+
+    >>> sequence = Sequence(seq_id=7, index=0, token_ids=[11, 12, 13])
+    >>> sequence.prompt_len, sequence.num_computed
+    (3, 0)
+    """
+
+    # Set once, by the engine.
+    seq_id: int  # never used twice in an engine's life
+    index: int  # of the sample within its request
+    prompt_len: int = field(init=False)
+
+    # Written by the Scheduler alone.
+    token_ids: list[int]  # prompt + generated
+    num_computed: int = field(default=0, init=False)  # tokens written to the cache, or scheduled to be
+    prefill_len: int = field(default=0, init=False)  # tokens known when the row was given
+    row: int | None = field(default=None, init=False)  # in the runner's state, as long as the sequence runs
+    finish_reason: FinishReason | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError("token_ids: expected at least one token, got none")
+        self.prompt_len = len(self.token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceGroup:
+    """One request: `params.n` sequences, scheduled, preempted and ended by error together."""
+
+    # Set once, by the engine.
+    request_id: str
+    sequences: list[Sequence]
+    params: SamplingParams
+    stop_token_ids: frozenset[int]  # params.stop_token_ids and, unless params.ignore_eos, the EOS tokens
+    seed: int  # params.seed, or the engine's choice
+    max_len: int  # tokens a sequence may reach: prompt + max_tokens, at most the model's length
+
+    # Written by the Scheduler alone.
+    error: str | None = field(default=None, init=False)  # why the sequences ended with "error"
+
+    def unfinished(self) -> list[Sequence]:
+        """The sequences that still want tokens, in order of their index."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
