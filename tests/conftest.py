@@ -14,9 +14,10 @@ import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Functions annotated with shapes are checked against them at each call. The host side has none, and checks types itself.
+# Functions annotated with shapes are checked against them at each call. Host code has none, and checks types itself.
 install_import_hook(
-    ["pallas_kernels", "models", "jpaged.generate", "jpaged.runner", "jpaged.sampler"], "beartype.beartype"
+    ["pallas_kernels", "models.llama", "models.rotary", "jpaged.generate", "jpaged.runner", "jpaged.sampler"],
+    "beartype.beartype",
 )
 
 
