@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import EngineConfig as EngineConfig
-    from .generate import GenerateOutput as GenerateOutput
-    from .generate import generate as generate
+    from .generation import GenerateOutput as GenerateOutput
+    from .generation import generate as generate
     from .llm import LLM as LLM
     from .llm_engine import EngineStats as EngineStats
     from .llm_engine import LLMEngine as LLMEngine
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Loaded when first asked for, so that the host side (`jpaged.scheduler`, say) can be used without JAX.
 _HOME = {
     "EngineConfig": "config",
-    "GenerateOutput": "generate",
-    "generate": "generate",
+    "GenerateOutput": "generation",
+    "generate": "generation",
     "LLM": "llm",
     "EngineStats": "llm_engine",
     "LLMEngine": "llm_engine",

@@ -42,8 +42,6 @@ class EngineStats:
     num_preemptions: int
     num_blocks: int
     num_free_blocks: int
-    peak_blocks: int
-    """Most blocks held at once."""
     held_slot_steps: int
     """KV slots in held blocks, summed over steps."""
     used_slot_steps: int
@@ -147,7 +145,7 @@ class LLMEngine:
         self._seq_ids = count()
         self._num_requests = 0
         self._num_prompt_tokens = self._num_generated = self._num_steps = 0
-        self._peak_blocks = self._held_slots = self._used_slots = 0
+        self._held_slots = self._used_slots = 0
 
     def add_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Queues a request. Raises ValueError or TypeError for what cannot be served, and has then done nothing."""
@@ -204,7 +202,6 @@ class LLMEngine:
             num_preemptions=self._scheduler.num_preemptions,
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
-            peak_blocks=self._peak_blocks,
             held_slot_steps=self._held_slots,
             used_slot_steps=self._used_slots,
             prompt_tokens=self._num_prompt_tokens,
@@ -265,7 +262,6 @@ class LLMEngine:
         self._num_steps += 1
         self._held_slots += self._blocks.num_held_slots
         self._used_slots += self._blocks.num_used_slots
-        self._peak_blocks = max(self._peak_blocks, self._blocks.num_blocks - self._blocks.num_free_blocks)
 
     def _output(self, request: _Request) -> RequestOutput:
         """The request as it stands; forgets it once it has ended."""

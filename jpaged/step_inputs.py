@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float32, Int32, UInt32
 from .scheduler import SchedulerOutput
 
 MIN_PREFILL_TOKENS = 16
-MIN_PREFILL_SEQS = 8
+MIN_SEQS = 8
 MIN_SUPPRESSED = 16
 
 
@@ -66,8 +66,8 @@ _ROW = np.dtype(
 class StepBuilder:
     """Remembers each row's block table and sampling parameters, and lays out steps padded to few shapes.
 
-    Decodes are padded to a power of two of sequences. A step with prefills is padded to a power of two of tokens,
-    and to `MIN_PREFILL_SEQS` or else `max_num_seqs` sequences.
+    Decodes are padded to 1 sequence, or to a power of two of at least `MIN_SEQS`. A step with prefills is padded to a
+    power of two of tokens, or three quarters of one, and to `MIN_SEQS` or else `max_num_seqs` sequences.
     """
 
     def __init__(self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -151,13 +151,15 @@ class StepBuilder:
 
     def _padded(self, num_tokens: int, num_seqs: int, is_decode: bool) -> tuple[int, int]:
         if is_decode:
-            R = min(_power_of_two(num_seqs), self._max_num_seqs)
+            R = 1 if num_seqs == 1 else min(max(MIN_SEQS, _power_of_two(num_seqs)), self._max_num_seqs)
             return R, R
-        R = min(MIN_PREFILL_SEQS, self._max_num_seqs)
+        R = min(MIN_SEQS, self._max_num_seqs)
         if num_seqs > R:
             R = self._max_num_seqs
-        T = min(max(MIN_PREFILL_TOKENS, _power_of_two(num_tokens)), self._max_tokens)
-        return max(R, T), R
+        T = max(MIN_PREFILL_TOKENS, _power_of_two(num_tokens))
+        if num_tokens <= 3 * T // 4:
+            T = 3 * T // 4
+        return max(R, min(T, self._max_tokens)), R
 
 
 def _pad(array: np.ndarray, length: int, value: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Functions annotated with shapes are checked against them at each call. Host code has none, and checks types itself.
 install_import_hook(
-    ["pallas_kernels", "models.llama", "models.rotary", "jpaged.generate", "jpaged.runner", "jpaged.sampler"],
+    ["pallas_kernels", "models.llama", "models.rotary", "jpaged.generation", "jpaged.runner", "jpaged.sampler"],
     "beartype.beartype",
 )
 
