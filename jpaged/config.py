@@ -25,8 +25,9 @@ class EngineConfig:
     max_model_len: int | None = None
     """Tokens of prompt and answer together; None is the model's own limit."""
     memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights, cache and activations may take. On a CPU, where memory is everybody's,
-    `num_blocks=None` takes up to 2 GiB for the cache, and no more than this share of half of what is free."""
+    """Share of a GPU's memory that weights and cache may take, the rest being for activations. On a CPU, where memory
+    is everybody's, `num_blocks=None` takes up to 2 GiB for the cache, and no more than this share of half of what is
+    free."""
     dtype: "DTypeLike | None" = None
     """Of weights, activations and cache; None is bfloat16 on a GPU and float32 on a CPU."""
     seed: int = 0

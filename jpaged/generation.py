@@ -32,9 +32,9 @@ def generate(
     *,
     max_new_tokens: int,
     rng: Key[Array, ""] | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | Float[Array, ""] = 0.0,
+    top_k: int | Int32[Array, ""] = 0,
+    top_p: float | Float[Array, ""] = 1.0,
     eos_id: int | None = None,
     block_size: int = 16,
 ) -> GenerateOutput:
@@ -49,19 +49,28 @@ def generate(
       prompt_tokens: padded on the right; what stands past a prompt's length has no influence.
       prompt_lens: at least 1 each (not checked, since it may be traced).
       max_new_tokens, eos_id, block_size: static.
-      rng: needed if `temperature` > 0. Token t of row b is drawn with rng folded with b, then with its position.
-      temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
+      rng: a threefry key, needed unless `temperature` is a static 0. Token t of row b is drawn with it folded with b,
+        then with the token's position.
+      temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. Each a number, or an array for one program to
+        serve all values.
 
-    Raises ValueError for shapes that do not fit, sizes below 1, and a temperature above 0 without rng.
+    Raises ValueError for shapes that do not fit, sizes below 1 or past the model's length, sampling parameters out of
+    range, and a temperature above 0 without rng.
 
     >>> out = jax.jit(generate, static_argnames=("max_new_tokens", "eos_id"))(
     ...     model, jnp.array([[1, 2, 3], [4, 0, 0]]), jnp.array([3, 1]), max_new_tokens=8)    # doctest: +SKIP
     >>> out.tokens.shape                                                                      # doctest: +SKIP
     (2, 8)
     """
-    _check(prompt_tokens, prompt_lens, max_new_tokens, block_size, temperature, rng)
+    _check(prompt_tokens, prompt_lens, max_new_tokens, block_size)
+    _check_sampling(temperature, top_p, rng)
     B, P = prompt_tokens.shape
     config = model.config
+    if P + max_new_tokens > config.max_len:
+        raise ValueError(
+            f"generate: prompts and max_new_tokens must be at most the model's {config.max_len} tokens together, "
+            f"got {P} + {max_new_tokens}"
+        )
     blocks_each = -(-(P + max_new_tokens) // block_size)
     cache = KVCache.create(
         num_layers=config.num_layers,
@@ -130,7 +139,7 @@ def _advance(state: _State, cache: KVCache, tokens: Array, logprobs: Array, eos_
     goes_on = ~state.is_done
     output = GenerateOutput(
         state.output.tokens.at[:, state.step].set(jnp.where(goes_on, tokens, 0)),
-        state.output.lengths + goes_on,
+        state.output.lengths + goes_on.astype(jnp.int32),
         state.output.logprobs.at[:, state.step].set(jnp.where(goes_on, logprobs, 0.0)),
     )
     is_done = state.is_done if eos_id is None else state.is_done | (tokens == eos_id)
@@ -165,14 +174,7 @@ def _slots(tables: Array, position: Array, block_size: int) -> Array:
     return jnp.take_along_axis(tables, block, axis=1) * block_size + offset
 
 
-def _check(
-    prompt_tokens: Array,
-    prompt_lens: Array,
-    max_new_tokens: int,
-    block_size: int,
-    temperature: float,
-    rng: Array | None,
-) -> None:
+def _check(prompt_tokens: Array, prompt_lens: Array, max_new_tokens: int, block_size: int) -> None:
     if prompt_tokens.ndim != 2 or 0 in prompt_tokens.shape:
         raise ValueError(
             f"generate: prompt_tokens must be [batch, length], neither of them 0, got {prompt_tokens.shape}"
@@ -182,5 +184,15 @@ def _check(
     for name, size in (("max_new_tokens", max_new_tokens), ("block_size", block_size)):
         if size < 1:
             raise ValueError(f"generate: {name} must be at least 1, got {size}")
+
+
+def _check_sampling(temperature: float | Array, top_p: float | Array, rng: Array | None) -> None:
+    """What can be known of them: arrays may be traced."""
+    if isinstance(temperature, int | float) and not temperature >= 0:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
     if rng is None and not (isinstance(temperature, int | float) and temperature == 0):
-        raise ValueError(f"generate: rng is needed to sample at temperature {temperature}; only 0 does without")
+        raise ValueError("generate: rng is needed unless temperature is a plain (static) 0, got None")
+    if rng is not None and jax.random.key_data(rng).shape != (2,):
+        raise ValueError(f"generate: rng must be one threefry2x32 key, got {jax.typeof(rng)}")

@@ -44,6 +44,7 @@ class LLM:
         self.config = EngineConfig(**config)
         if jax.config.jax_compilation_cache_dir is None:
             jax.config.update("jax_compilation_cache_dir", str(models.home() / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         dtype = self.config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         weights, self.tokenizer = models.load(model, dtype=dtype)
         self._on_compile: Callable[[StepShape], None] | None = None  # of the call under way
@@ -94,6 +95,10 @@ class LLM:
         Messages are mappings with "role" and "content", rendered by the model's own chat template. Raises
         ValueError for a model without a template, and what `generate` raises.
         """
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise TypeError(
+                f"messages: expected a list of mappings with role and content, got {type(messages).__name__}"
+            )
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Messages], [messages] if is_one else messages)
         return self.generate([self.render_chat(each) for each in conversations], sampling_params, progress=progress)
@@ -109,16 +114,18 @@ class LLM:
         return self.engine.stats()
 
     def _run(self, batch: list[tuple[Prompt, SamplingParams]], progress: bool) -> list[RequestOutput]:
+        if self.engine.has_unfinished():
+            raise ValueError("generate: expected an engine without requests of its own under way; step it to their end")
         outputs: dict[str, RequestOutput | None] = {}
         try:
             for i, (prompt, params) in enumerate(batch):
                 request_id = next(self._request_ids)
+                outputs[request_id] = None
                 try:
                     self.engine.add_request(request_id, prompt, params)
                 except (TypeError, ValueError) as error:
                     kind = TypeError if isinstance(error, TypeError) else ValueError
                     raise kind(f"prompts[{i}]: {error}") from None
-                outputs[request_id] = None
             with Progress(len(batch), self.engine, shown=progress) as bar:
                 self._on_compile = bar.compiling
                 while not all(outputs.values()):

@@ -42,6 +42,8 @@ class EngineStats:
     num_preemptions: int
     num_blocks: int
     num_free_blocks: int
+    peak_blocks: int
+    """Most blocks held at once."""
     held_slot_steps: int
     """KV slots in held blocks, summed over steps."""
     used_slot_steps: int
@@ -57,6 +59,7 @@ class EngineStats:
 class _Request:
     group: SequenceGroup
     prompt: str | None
+    prompt_token_ids: tuple[int, ...]
     arrival_time: float
     samples: list["_Sample"] = field(default_factory=list)
     first_token_time: float | None = None
@@ -96,7 +99,7 @@ class LLMEngine:
       config: sizes and limits.
       on_compile: told a step's shape before it is compiled.
 
-    Raises ValueError where the cache does not fit the device's memory.
+    Raises ValueError where the cache does not fit the device's memory, or `max_model_len` is beyond the model's.
 
     >>> engine = LLMEngine(model, tokenizer, EngineConfig(num_blocks=64))      # doctest: +SKIP
     >>> engine.add_request("a", "The capital of France is", SamplingParams())  # doctest: +SKIP
@@ -115,9 +118,14 @@ class LLMEngine:
     ) -> None:
         limits = model.config
         self.config = config
-        self.max_model_len = min(config.max_model_len or limits.max_len, limits.max_len)
+        self.max_model_len = config.max_model_len or limits.max_len
+        if self.max_model_len > limits.max_len:
+            raise ValueError(
+                f"max_model_len: expected at most the model's {limits.max_len}, got {config.max_model_len}"
+            )
         self._vocab_size = limits.vocab_size
         self._tokenizer = tokenizer
+        self._eos_token_ids = {*limits.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
         weight: jax.Array = jax.tree.leaves(model)[0]
         token_bytes = 2 * limits.num_layers * limits.num_kv_heads * limits.head_dim * weight.dtype.itemsize
         num_blocks = num_blocks_that_fit(
@@ -145,14 +153,15 @@ class LLMEngine:
         self._seq_ids = count()
         self._num_requests = 0
         self._num_prompt_tokens = self._num_generated = self._num_steps = 0
-        self._held_slots = self._used_slots = 0
+        self._peak_blocks = self._held_slots = self._used_slots = 0
+        self._to_report: list[SequenceGroup] = []  # that ended in `schedule`, or got a token
 
     def add_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Queues a request. Raises ValueError or TypeError for what cannot be served, and has then done nothing."""
         token_ids = self._check(prompt, params)
         if request_id in self._requests:
             raise ValueError(f"request_id: expected one not in use, got {request_id!r}")
-        eos = () if params.ignore_eos or self._tokenizer is None else self._tokenizer.eos_token_ids
+        eos = () if params.ignore_eos else self._eos_token_ids
         group = SequenceGroup(
             request_id,
             [TokenSequence(next(self._seq_ids), index, list(token_ids)) for index in range(params.n)],
@@ -164,7 +173,7 @@ class LLMEngine:
         self._scheduler.add(group)
         self._num_requests += 1
         self._num_prompt_tokens += len(token_ids)
-        request = _Request(group, prompt if isinstance(prompt, str) else None, time.monotonic())
+        request = _Request(group, prompt if isinstance(prompt, str) else None, tuple(token_ids), time.monotonic())
         for sequence in group.sequences:
             sample = _Sample(request, sequence, TextStream(self._detokenizer(params), params))
             request.samples.append(sample)
@@ -172,16 +181,25 @@ class LLMEngine:
         self._requests[request_id] = request
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step; returns the requests that got a token or ended in it."""
+        """Computes one step; returns the requests that got a token or ended in it.
+
+        If it raises, nothing is lost: what ran is computed anew by the steps that follow, unless it is aborted.
+        """
         scheduled = self._scheduler.schedule()
-        groups = list(scheduled.ended)
+        self._to_report += scheduled.ended
         if scheduled.num_tokens:
-            result = self._runner.execute(scheduled)
-            with_token = self._scheduler.update(scheduled, result.token_ids)
+            try:
+                result = self._runner.execute(scheduled)
+            except BaseException:
+                self._scheduler.preempt_all()
+                raise
+            self._count_slots(scheduled.num_tokens)
+            self._to_report += self._scheduler.update(scheduled, result.token_ids)
             self._take(scheduled.samples, result)
-            groups += with_token
-            self._count_slots()
-        return [self._output(self._requests[group.request_id]) for group in groups]
+        groups, self._to_report = self._to_report, []
+        return [
+            self._output(self._requests[group.request_id]) for group in groups if group.request_id in self._requests
+        ]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request now and returns it as far as it came; None for one that is not (or no longer) known."""
@@ -202,6 +220,7 @@ class LLMEngine:
             num_preemptions=self._scheduler.num_preemptions,
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free_blocks,
+            peak_blocks=self._peak_blocks,
             held_slot_steps=self._held_slots,
             used_slot_steps=self._used_slots,
             prompt_tokens=self._num_prompt_tokens,
@@ -224,7 +243,11 @@ class LLMEngine:
                 raise TypeError("prompt: expected token ids for a model without a tokenizer, got a str")
             token_ids = self._tokenizer.encode(prompt)
         else:
-            token_ids = _token_ids(prompt, self._vocab_size)
+            token_ids = _token_ids(prompt)
+        for token_id in (*token_ids, *params.stop_token_ids):
+            if not 0 <= token_id < self._vocab_size:
+                name = "prompt" if token_id in token_ids else "stop_token_ids"
+                raise ValueError(f"{name}: expected token ids in [0, {self._vocab_size}), got {token_id}")
         if not token_ids:
             raise ValueError(f"prompt: expected at least one token, got none in {prompt!r}")
         if len(token_ids) >= self.max_model_len:
@@ -258,10 +281,12 @@ class LLMEngine:
                 if sequence.finish_reason is None:
                     self._scheduler.finish(seq_id, "stop")
 
-    def _count_slots(self) -> None:
+    def _count_slots(self, num_tokens: int) -> None:
+        """Counts the step's blocks: before the update, which commits its tokens and frees what has ended."""
         self._num_steps += 1
         self._held_slots += self._blocks.num_held_slots
-        self._used_slots += self._blocks.num_used_slots
+        self._used_slots += self._blocks.num_used_slots + num_tokens
+        self._peak_blocks = max(self._peak_blocks, self._blocks.num_blocks - self._blocks.num_free_blocks)
 
     def _output(self, request: _Request) -> RequestOutput:
         """The request as it stands; forgets it once it has ended."""
@@ -271,11 +296,10 @@ class LLMEngine:
             del self._requests[group.request_id]
             for sample in request.samples:
                 del self._samples[sample.sequence.seq_id]
-        first = group.sequences[0]
         return RequestOutput(
             request_id=group.request_id,
             prompt=request.prompt,
-            prompt_token_ids=tuple(first.token_ids[: first.prompt_len]),
+            prompt_token_ids=request.prompt_token_ids,
             outputs=tuple(sample.output() for sample in request.samples),
             finished=finished,
             error=group.error,
@@ -287,13 +311,11 @@ class LLMEngine:
         )
 
 
-def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
-    expected = f"prompt: expected a str or a sequence of token ids in [0, {vocab_size})"
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    expected = "prompt: expected a str or a sequence of token ids"
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise TypeError(f"{expected}, got {type(prompt).__name__}")
     for token_id in prompt:
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
             raise TypeError(f"{expected}, got an element {token_id!r}")
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"{expected}, got an element {token_id}")
     return [int(token_id) for token_id in prompt]

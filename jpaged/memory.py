@@ -1,8 +1,8 @@
 """How many blocks of KV cache fit a device."""
 
-import os
 from typing import Any
 
+import psutil
 from jaxtyping import Array
 
 CPU_CACHE_BYTES = 2 << 30
@@ -33,7 +33,7 @@ def num_blocks_that_fit(
 
 def _free_bytes(device: Any, memory_utilization: float) -> int:
     if device.platform == "cpu":
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_utilization)
+        return int(psutil.virtual_memory().available * memory_utilization)
     stats = device.memory_stats()
     if stats is None:
         raise ValueError(f"num_blocks: {device} does not say how much memory it has; give their number")

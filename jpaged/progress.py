@@ -26,7 +26,7 @@ class Progress:
             *columns,
             TextColumn("{task.fields[rate]}"),
             console=self._console,
-            disable=not (shown and self._console.is_terminal),
+            disable=not (shown and (self._console.is_terminal or self._console.is_jupyter)),
             transient=True,
         )
         self._task = self._bar.add_task("generating", total=total, rate="")
@@ -35,7 +35,6 @@ class Progress:
         self._start = time.monotonic()
         self._before = self._engine.stats()
         self._first_tokens: list[float] = []
-        self._peak_blocks = 0
         self._bar.start()
         return self
 
@@ -58,9 +57,7 @@ class Progress:
 
     def stepped(self) -> None:
         """A step is done."""
-        now = self._engine.stats()
-        self._peak_blocks = max(self._peak_blocks, now.num_blocks - now.num_free_blocks)
-        tokens = now.generation_tokens - self._before.generation_tokens
+        tokens = self._engine.stats().generation_tokens - self._before.generation_tokens
         rate = tokens / (time.monotonic() - self._start)
         self._bar.update(self._task, description="generating", rate=f"{rate:.0f} tokens/s")
 
@@ -76,5 +73,5 @@ class Progress:
             f"{tokens} tokens in {seconds:.1f} s, {compiling:.1f} s of them compiling "
             f"{now.compiled_shapes - before.compiled_shapes} shapes: {tokens / seconds:.0f} tokens/s\n"
             f"first token after {first} in the median; {now.num_preemptions - before.num_preemptions} preemptions\n"
-            f"at most {self._peak_blocks} of {now.num_blocks} blocks held; {carrying:.1%} of held slots carried a token"
+            f"at most {now.peak_blocks} of {now.num_blocks} blocks held; {carrying:.1%} of held slots carried a token"
         )

@@ -31,6 +31,8 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def max_len(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
 @runtime_checkable
@@ -91,7 +93,7 @@ class Runner:
         """Of each shape so far: tracing, and compiling or loading from JAX's cache on disk."""
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        """Runs one step and waits for its samples. If it raises, what the cache held may be lost."""
+        """Runs one step and waits for its samples. If it raises, the cache is empty."""
         shape, inputs = self._builder.build(output)
         is_new = shape not in self.compile_seconds
         if is_new:
@@ -105,8 +107,9 @@ class Runner:
                 self.compile_seconds[shape] = time.perf_counter() - start
             token_ids, logprobs, top_token_ids, top_logprobs = jax.device_get(sampled)
         except BaseException:
-            if self._last_tokens.is_deleted():  # donated to a step that never came back
-                self._cache, self._last_tokens = self._new_state()
+            # Donated to a step that never came back, or written by one that failed: the memory goes before the new.
+            del self._cache, self._last_tokens
+            self._cache, self._last_tokens = self._new_state()
             raise
         n = len(output.samples)
         return StepResult(token_ids[:n].tolist(), logprobs[:n].tolist(), top_token_ids[:n], top_logprobs[:n])

@@ -67,7 +67,7 @@ class Scheduler:
     A request runs as soon as all before it do, and rows and blocks for all of its tokens are free. When
     blocks run out, the request that came last gives all of its own back, and later computes its tokens anew.
 
-    Every output goes to `update` before the next `schedule`; if its step failed, `abort` its requests.
+    Every output goes to `update` before the next `schedule`, or else to nobody after `preempt_all`.
 
     Args:
         block_manager: the pool; sequences hold blocks exactly while they hold a row.
@@ -158,6 +158,11 @@ class Scheduler:
         if seq_id not in self._members:
             raise KeyError(f"seq_id: expected an unfinished sequence, got {seq_id}")
         self._end(*self._members[seq_id], reason)
+
+    def preempt_all(self) -> None:
+        """Send all running requests back to the queue, to be computed anew: the cache has lost what they wrote."""
+        while self._running:
+            self._preempt()
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's tokens, and make room for them."""

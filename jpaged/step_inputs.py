@@ -134,7 +134,7 @@ class StepBuilder:
                 params.top_p,
                 params.min_p,
                 params.logprobs or 0,
-                new.prompt_len + params.min_tokens,
+                min(new.prompt_len + params.min_tokens, np.iinfo(np.int32).max),
             )
             self._stop_token_ids[new.row] = tuple(new.stop_token_ids)
         for row, first, block_ids in output.table_updates:

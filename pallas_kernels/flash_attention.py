@@ -204,8 +204,9 @@ def _plain(
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     # Rows that see nothing: finite logits keep their gradient from being NaN, the last `where`s make them zero.
-    sees = visible.any(-1, keepdims=True)
-    logits = jnp.where(visible, logits, jnp.where(sees, -jnp.inf, 0.0))
+    logits = jnp.where(visible, logits, -jnp.inf)
+    sees = (logits > -jnp.inf).any(-1, keepdims=True)
+    logits = jnp.where(sees, logits, 0.0)
     residual = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     probs = jnp.where(sees, jnp.exp(logits - residual), 0.0)
     residual = jnp.where(sees, residual, -jnp.inf)[..., 0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from jpaged.sampling_params import SamplingParams
 
@@ -37,9 +38,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("jpaged: interrupted", err=True)
             raise typer.Exit(130) from None
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (TyperException, typer.Exit, typer.Abort, BrokenPipeError):
             raise  # Typer's own
-        except (ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
             if ctx.params["debug"]:
                 raise
             complain(str(error).strip().partition("\n")[0] or type(error).__name__)
@@ -176,7 +177,7 @@ def chat(
         min_p=min_p,
         seed=seed,
     )
-    llm = load(model, max_model_len=max_model_len, dtype=dtype)
+    llm = load(model, max_model_len=max_model_len, max_num_seqs=1, dtype=dtype)
     from .chat import Chat
 
     conversation = Chat(llm, params, system)
@@ -197,9 +198,9 @@ def pull(
 
     It is kept under $JPAGED_HOME (~/.cache/jpaged by default).
     """
-    import models
+    from models.demo import pull
 
-    typer.echo(models.pull(name))
+    typer.echo(pull(name))
 
 
 def load(model: str, *, quiet: bool = False, **config: Any) -> "LLM":

@@ -1,10 +1,11 @@
 """How many blocks fit, with what is free made up."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from jpaged import memory
 from jpaged.memory import num_blocks_that_fit
 
 MIB = 2**20
@@ -37,57 +38,56 @@ def fit(device, **changes):
 
 
 @pytest.fixture
-def free_pages(monkeypatch):
-    """Sets how much memory the machine has free, in MiB, by pages of 4 KiB."""
+def free_memory(monkeypatch):
+    """Sets how much memory the machine has free, in MiB."""
 
     def set_free(mib):
-        answers = {"SC_AVPHYS_PAGES": mib * 256, "SC_PAGE_SIZE": 4096}
-        monkeypatch.setattr(memory.os, "sysconf", answers.__getitem__)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=mib * MIB))
 
     return set_free
 
 
-def test_cpu_takes_half_of_the_share_of_what_is_free(free_pages):
-    free_pages(1000)
+def test_cpu_takes_half_of_the_share_of_what_is_free(free_memory):
+    free_memory(1000)
     assert fit(Device("cpu")) == 250  # 1000 MiB * 0.5, and half of that
     assert fit(Device("cpu"), memory_utilization=0.8) == 400
     assert fit(Device("cpu"), block_bytes=3 * MIB) == 83  # 500 // 3 = 166 fit
 
 
-def test_cpu_takes_no_more_than_two_gib(free_pages):
-    free_pages(1_000_000)
+def test_cpu_takes_no_more_than_two_gib(free_memory):
+    free_memory(1_000_000)
     assert fit(Device("cpu")) == 2048
     assert fit(Device("cpu"), block_bytes=3 * MIB) == 682
 
 
-def test_no_more_than_is_of_use(free_pages):
-    free_pages(1000)
+def test_no_more_than_is_of_use(free_memory):
+    free_memory(1000)
     assert fit(Device("cpu"), most_useful=7) == 7
     assert fit(Device("gpu", {"bytes_limit": 100 * MIB, "bytes_in_use": 0}), most_useful=7) == 7
 
 
-def test_a_wanted_number_is_taken_as_it_is(free_pages):
-    free_pages(1000)
+def test_a_wanted_number_is_taken_as_it_is(free_memory):
+    free_memory(1000)
     assert fit(Device("cpu"), wanted=500) == 500
     assert fit(Device("cpu"), wanted=500, most_useful=7) == 500
 
 
-def test_wanted_blocks_that_do_not_fit(free_pages):
-    free_pages(1000)
+def test_wanted_blocks_that_do_not_fit(free_memory):
+    free_memory(1000)
     with pytest.raises(ValueError, match=r"^num_blocks: 501 blocks of 1\.0 MiB need 501\.0 MiB, and 500\.0 MiB of "):
         fit(Device("cpu"), wanted=501)
     with pytest.raises(ValueError, match=r"are free for them: 500 blocks fit$"):
         fit(Device("cpu"), wanted=501)
 
 
-def test_not_even_one_block_fits(free_pages):
-    free_pages(1)
+def test_not_even_one_block_fits(free_memory):
+    free_memory(1)
     with pytest.raises(ValueError, match=r"^num_blocks: 1 blocks of 1\.0 MiB need .* 0\.5 MiB .*: 0 blocks fit$"):
         fit(Device("cpu"))
 
 
-def test_one_block_on_a_cpu_with_room_for_just_that(free_pages):
-    free_pages(2)
+def test_one_block_on_a_cpu_with_room_for_just_that(free_memory):
+    free_memory(2)
     assert fit(Device("cpu")) == 1
 
 
@@ -105,7 +105,7 @@ def test_gpu_whose_share_is_used_up():
 
 
 def test_a_device_that_does_not_tell_its_memory():
-    with pytest.raises(ValueError, match="^num_blocks: .*give their number"):
+    with pytest.raises(ValueError, match=r"^num_blocks: .*give their number"):
         fit(Device("gpu", None))
 
 

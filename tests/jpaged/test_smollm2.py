@@ -30,7 +30,12 @@ def smollm2(smollm2_path):
 @pytest.fixture(scope="module")
 def alone(smollm2):
     """An engine that runs one sequence at a time."""
-    return LLMEngine(*smollm2, EngineConfig(max_num_seqs=1, max_model_len=1536))
+    return make(smollm2, max_num_seqs=1, max_model_len=1536)
+
+
+def make(smollm2, **config):
+    model, tokenizer = smollm2
+    return LLMEngine(model, tokenizer, EngineConfig(**config))
 
 
 def answer(engine, names, params=GREEDY):
@@ -88,7 +93,7 @@ def test_prompt_logits_of_the_dense_model(smollm2, names):
 
 def test_all_prompts_batched_together(smollm2):
     # Room for all prompts in the first step, so that two shapes are compiled: that step and the decodes.
-    engine = LLMEngine(*smollm2, EngineConfig(max_num_seqs=17, max_num_batched_tokens=2560, max_model_len=1536))
+    engine = make(smollm2, max_num_seqs=17, max_num_batched_tokens=2560, max_model_len=1536)
     outputs = answer(engine, PROMPTS)
     check_tokens(outputs)
     assert engine.stats().steps == 48
@@ -103,14 +108,13 @@ def test_all_prompts_batched_together(smollm2):
     check_freed(engine)
 
 
-def test_long_prompts_alone(alone):
-    for name in sorted(LONG):
-        check_tokens(answer(alone, [name]))
+def test_the_longest_prompt_alone(alone):
+    check_tokens(answer(alone, ["story"]))
 
 
 def test_prompts_of_least_margin_alone(alone):
     closest = sorted(PROMPTS, key=lambda name: min(PROMPTS[name]["margins"]))
-    for name in [name for name in closest if name not in LONG][:5]:
+    for name in [name for name in closest if name not in LONG][:3]:
         check_tokens(answer(alone, [name]))
 
 
@@ -135,19 +139,19 @@ def test_eos_ends_an_answer(alone):
     assert output.outputs[0].token_ids == tuple(entry["token_ids"][: entry["eos_index"] + 1])
     assert output.outputs[0].finish_reason == "stop"
     # EOS itself is no text.
-    assert output.outputs[0].text == alone_text(entry)
+    assert output.outputs[0].text == text_before_eos(entry)
     check_freed(alone)
 
 
-def alone_text(entry):
-    """What the reference says before its first EOS: the text of the tokens after it taken off the end."""
+def text_before_eos(entry):
+    """What the reference says before its first EOS, after which come a newline and the next turn."""
     text = entry["text"]
-    return text[: text.index("system\n")]  # with which the next turn begins, its <|im_start|> left out
+    return text[: text.index("\nsystem\n")]
 
 
 def test_preempted_requests_say_the_same(smollm2):
     names = ["c", "hindi", "digits", "chat"]  # 39 to 45 tokens of prompt: 3 blocks each at first, 6 at the end
-    engine = LLMEngine(*smollm2, EngineConfig(max_num_seqs=4, num_blocks=14, max_model_len=128))
+    engine = make(smollm2, max_num_seqs=4, num_blocks=14, max_model_len=128)
     check_tokens(answer(engine, names))
     assert engine.stats().num_preemptions > 0
     check_freed(engine)
@@ -155,8 +159,8 @@ def test_preempted_requests_say_the_same(smollm2):
 
 @pytest.mark.parametrize("budget", [64, 200])
 def test_chunked_prefill(smollm2, budget):
-    names = ["emoji", "table", "whitespace", "digits"]  # 809 tokens in the second
-    engine = LLMEngine(*smollm2, EngineConfig(max_num_seqs=4, max_num_batched_tokens=budget, max_model_len=1024))
+    names = ["emoji", "table"]  # 809 tokens in the second
+    engine = make(smollm2, max_num_seqs=4, max_num_batched_tokens=budget, max_model_len=1024)
     check_tokens(answer(engine, names))
     assert engine.stats().steps > 48 + 800 // budget - 1
     check_freed(engine)
@@ -164,9 +168,9 @@ def test_chunked_prefill(smollm2, budget):
 
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_block_sizes(smollm2, block_size):
-    names = ["table", "arabic", "newline", "python"]
-    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=1024, max_model_len=1024, block_size=block_size)
-    engine = LLMEngine(*smollm2, config)
+    names = ["hindi", "arabic", "newline", "python"]
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "max_model_len": 128}
+    engine = make(smollm2, block_size=block_size, **sizes)
     check_tokens(answer(engine, names))
     check_freed(engine)
 

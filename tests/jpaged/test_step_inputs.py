@@ -51,12 +51,12 @@ def test_a_mixed_step(builder):
         table_updates=[(5, 0, (6, 8, 1)), (2, 0, (3, 9, 0))],
     )
     shape, inputs = builder.build(output)
-    assert shape == StepShape(tokens=16, sequences=8, suppressed=16, is_decode=False)
-    assert inputs.token_ids.tolist() == [-6, 31, 32, 33, *[0] * 12]
-    assert inputs.positions.tolist() == [9, 6, 7, 8, *[0] * 12]
+    assert shape == StepShape(tokens=12, sequences=8, suppressed=16, is_decode=False)
+    assert inputs.token_ids.tolist() == [-6, 31, 32, 33, *[0] * 8]
+    assert inputs.positions.tolist() == [9, 6, 7, 8, *[0] * 8]
     # 18 tokens are five blocks. Position 9 is in the row's third block, at 1; 6 and 7 in the second, at 2 and 3.
     assert inputs.block_tables.tolist() == [[6, 8, 1, 0, 0], [3, 9, 0, 0, 0], *[[0] * 5] * 6]
-    assert inputs.slot_mapping.tolist() == [1 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 0, *[-1] * 12]
+    assert inputs.slot_mapping.tolist() == [1 * 4 + 1, 9 * 4 + 2, 9 * 4 + 3, 0, *[-1] * 8]
     assert inputs.context_lens.tolist() == [10, 9, *[0] * 6]
     assert inputs.query_starts.tolist() == [0, 1, 4, *[4] * 6]
     assert inputs.num_decodes == 1
@@ -65,11 +65,11 @@ def test_a_mixed_step(builder):
     assert inputs.sample_positions.tolist() == [10, 9, *[0] * 6]
     assert inputs.sample_index.tolist() == [2, 0, *[0] * 6]
     assert inputs.seed.tolist() == [[0, 7], [1, 5], *[[0, 0]] * 6]
-    np.testing.assert_array_equal(inputs.temperature, np.float32([0.5, *[0] * 7]))
+    np.testing.assert_array_equal(inputs.temperature, np.array([0.5, *[0] * 7], np.float32))
     assert inputs.top_k.tolist() == [-1, 40, *[0] * 6]
-    np.testing.assert_array_equal(inputs.top_p, np.float32([0.9, *[1] * 7]))
-    np.testing.assert_array_equal(inputs.min_p, np.float32([0.25, *[0] * 7]))
-    assert inputs.suppressed.tolist() == [[8, 0]] * 16  # no sample 8: nothing
+    np.testing.assert_array_equal(inputs.top_p, np.array([0.9, *[1] * 7], np.float32))
+    np.testing.assert_array_equal(inputs.min_p, np.array([0.25, *[0] * 7], np.float32))
+    assert inputs.suppressed.tolist() == [[8, 8]] * 16  # no sample 8: nothing
     assert inputs.wants_logprobs
 
 
@@ -83,9 +83,7 @@ def test_dtypes(builder):
 
 def test_rows_and_tables_are_remembered(builder):
     params = SamplingParams(temperature=0.5)
-    builder.build(
-        step([(0, 3, 0, 4, (1, 2, 3, 4))], new_rows=[new_row(3, params)], table_updates=[(3, 0, (7,))])
-    )  # fmt: skip
+    builder.build(step([(0, 3, 0, 4, (1, 2, 3, 4))], new_rows=[new_row(3, params)], table_updates=[(3, 0, (7,))]))
     shape, inputs = builder.build(step([(0, 3, 4, 1, None)], samples=[(0, 3, 0)], table_updates=[(3, 1, (2,))]))
     assert shape == StepShape(1, 1, 16, True)
     assert inputs.block_tables.tolist() == [[7, 2, 0, 0, 0]]
@@ -104,7 +102,7 @@ def test_a_new_occupant_leaves_nothing_of_the_one_before(builder):
     _, inputs = builder.build(second)
     assert (inputs.sample_index[0], inputs.temperature[0], inputs.top_k[0], inputs.top_p[0]) == (0, 0, 0, 1)
     assert (inputs.min_p[0], inputs.seed[0].tolist(), bool(inputs.wants_logprobs)) == (0, [0, 0], False)
-    assert inputs.suppressed.tolist() == [[1, 0]] * 16
+    assert inputs.suppressed.tolist() == [[1, 1]] * 16
     assert inputs.slot_mapping.tolist() == [12]
 
 
@@ -119,13 +117,13 @@ def test_arrays_of_a_step_do_not_change_with_the_next(builder):
 def test_stop_tokens_are_suppressed_for_min_tokens(builder):
     """Three tokens of prompt and two more without a stop: at positions 3 and 4 none, at 5 all may be drawn."""
     params = SamplingParams(min_tokens=2)
-    rows = [new_row(0, stop_token_ids=[1]), new_row(1, params, prompt_len=3, stop_token_ids=[2, 5])]
+    rows = [new_row(0, prompt_len=1, stop_token_ids=[1]), new_row(1, params, prompt_len=3, stop_token_ids=[2, 5])]
     builder.build(step([(0, 0, 0, 1, (9,)), (1, 1, 0, 1, (9,))], new_rows=rows))
     for start, expected in ((1, {(1, 2), (1, 5)}), (2, {(1, 2), (1, 5)}), (3, {(1, 2), (1, 5)}), (4, set())):
         output = step([(0, 0, start, 1, None), (1, 1, start, 1, None)], samples=[(0, 0, 0), (1, 1, 1)])
         _, inputs = builder.build(output)
-        pairs = {tuple(pair) for pair in inputs.suppressed.tolist()}
-        assert pairs - {(2, 0)} == expected, start
+        pairs = {tuple(pair) for pair in inputs.suppressed.tolist() if pair[0] < 2}  # else padding
+        assert pairs == expected, start
         assert len(inputs.suppressed) == 16
 
 
@@ -133,11 +131,12 @@ def test_many_suppressed_pairs_are_padded_to_a_power_of_two(builder):
     row = new_row(0, SamplingParams(min_tokens=1, max_tokens=2), stop_token_ids=range(17))
     shape, inputs = builder.build(step([(0, 0, 0, 3, (7, 8, 9))], samples=[(0, 0, 2)], new_rows=[row]))
     assert shape.suppressed == len(inputs.suppressed) == 32
-    assert sorted(inputs.suppressed.tolist()) == [[0, i] for i in range(17)] + [[8, 0]] * 15
+    assert sorted(inputs.suppressed.tolist()) == [[0, i] for i in range(17)] + [[8, 8]] * 15
 
 
-@pytest.mark.parametrize(("sequences", "padded"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
-def test_decodes_are_padded_to_a_power_of_two(builder, sequences, padded):
+@pytest.mark.parametrize(("sequences", "padded"), [(1, 1), (2, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
+def test_decodes_are_padded_to_few_sizes(sequences, padded):
+    builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18)
     shape, inputs = builder.build(decodes(sequences))
     assert shape == StepShape(padded, padded, 16, True)
     assert inputs.num_decodes == sequences
@@ -151,9 +150,9 @@ def test_decodes_stay_within_an_odd_number_of_rows():
 
 @pytest.mark.parametrize(
     ("lengths", "tokens"),
-    [((2,), 16), ((16,), 16), ((17,), 32), ((10, 10, 10, 2), 32), ((16, 17), 64), ((16, 16, 16, 16), 64)],
+    [((2,), 12), ((12,), 12), ((13,), 16), ((17,), 24), ((10, 10, 5), 32), ((16, 17), 48), ((16, 16, 16, 16), 64)],
 )
-def test_prefills_are_padded_to_a_power_of_two_of_tokens(builder, lengths, tokens):
+def test_prefills_are_padded_to_a_power_of_two_or_three_quarters_of_one(builder, lengths, tokens):
     shape, inputs = builder.build(prefills(*lengths))
     assert shape == StepShape(tokens, 8, 16, False)
     assert len(inputs.token_ids) == len(inputs.slot_mapping) == tokens
@@ -167,7 +166,7 @@ def test_prefills_are_padded_to_no_more_than_the_budget():
 def test_prefills_of_more_than_eight_sequences_take_all_rows():
     builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18)
     assert builder.build(prefills(*[2] * 8))[0] == StepShape(16, 8, 16, False)
-    assert builder.build(prefills(*[2] * 9))[0] == StepShape(32, 20, 16, False)
+    assert builder.build(prefills(*[2] * 9))[0] == StepShape(24, 20, 16, False)
 
 
 def test_fewer_rows_than_eight():

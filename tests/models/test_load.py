@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import save_file
 
+from models.llama import Block
 from models.load import load
 
 Write = Callable[..., Path]
@@ -100,9 +102,9 @@ def test_the_demo_model_is_read_as_transformers_reads_it(smollm2_path: Path) -> 
 
 def test_layers_are_scanned_where_the_backend_wants_it(write_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder()
-    assert not load(folder, dtype="float32")[0].scan_layers
+    assert isinstance(load(folder, dtype="float32")[0].layers, nnx.List)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert load(folder, dtype="float32")[0].scan_layers
+    assert isinstance(load(folder, dtype="float32")[0].layers, Block)
 
 
 def test_a_hub_id_is_a_folder(tiny: dict[str, Any], write_folder: Write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,3 +384,11 @@ def test_bad_arguments_are_named_with_expected_and_actual(change, expected, actu
     with pytest.raises((ValueError, TypeError), match=pattern) as caught:
         flash_attention(**arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_bias_hides_gives_zeros():
+    query = key = value = jnp.ones((1, 3, 1, 8))
+    bias = jnp.zeros((1, 1, 3, 3)).at[0, 0, 1].set(-jnp.inf)
+    out, residual = flash_attention(query, key, value, bias, return_residual=True)
+    np.testing.assert_allclose(out[0, :, 0, 0], [1, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(residual[0, :, 0], [8**0.5 + np.log(3), -np.inf, 8**0.5 + np.log(3)], rtol=1e-6)

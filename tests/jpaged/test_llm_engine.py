@@ -1,0 +1,469 @@
+"""The engine over a small random Llama, whose tokens 0 to 63 a made-up tokenizer spells as letters."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jpaged import EngineConfig, LLMEngine, SamplingParams
+
+pytest.importorskip("models")
+
+VOCAB = 64
+LETTERS = [chr(ord("0") + i) for i in range(VOCAB)]
+PROMPTS = [[5, 9, 13], [1], [7] * 21, [2, 4, 8, 16, 32]]
+DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=12)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@dataclass
+class Letters:
+    """A letter a token; no token ends a text unless told so."""
+
+    eos_token_ids: tuple[int, ...] = ()
+
+    def encode(self, text, /):
+        return [LETTERS.index(letter) for letter in text]
+
+    def stream(self, skip_special_tokens, /):
+        return self
+
+    def add(self, token_id, /):
+        return LETTERS[token_id]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from models.config import LlamaConfig
+    from models.llama import Llama
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48, max_len=64
+    )
+    return Llama(config, rngs=nnx.Rngs(3))
+
+
+def make(model, tokenizer=None, **config):
+    sizes: dict[str, Any] = {
+        "block_size": 4,
+        "num_blocks": 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+    } | config
+    return LLMEngine(model, tokenizer, EngineConfig(**sizes))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """Shared, so that its steps are compiled once; every test leaves it empty."""
+    return make(model, Letters())
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(engine):
+    yield
+    left = [engine.abort(request_id) for request_id in list(engine._requests)]  # not to spoil the tests that follow
+    assert left == []
+    check_empty(engine)
+
+
+def check_empty(engine):
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.num_free_blocks == stats.num_blocks
+    assert not engine.has_unfinished()
+    assert engine.step() == []
+
+
+def finish(engine):
+    outputs = {}
+    while engine.has_unfinished():
+        outputs |= {output.request_id: output for output in engine.step() if output.finished}
+    return outputs
+
+
+def run(engine, prompt, params):
+    engine.add_request("only", prompt, params)
+    return finish(engine)["only"]
+
+
+def tokens(output):
+    return [sample.token_ids for sample in output.outputs]
+
+
+def dense_logprobs(model, ids):
+    """Log-probabilities of the token after each of `ids`, by one dense forward pass, in float64."""
+    logits = np.asarray(model(jnp.array([[*ids, *[0] * (64 - len(ids))]], jnp.int32))[0, : len(ids)], np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_a_step_with_nothing_to_do(engine):
+    before = engine.stats()
+    assert engine.step() == []
+    assert engine.stats() == before
+    assert engine.abort("unknown") is None
+
+
+def test_greedy_is_the_dense_models_choice(engine, model):
+    for prompt in PROMPTS:
+        (answer,) = tokens(run(engine, prompt, GREEDY))
+        logprobs = dense_logprobs(model, [*prompt, *answer])
+        assert answer == tuple(logprobs.argmax(-1)[len(prompt) - 1 : -1])
+
+
+def test_a_seed_gives_the_same_alone_and_among_others(engine):
+    alone = [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS]
+    for i, prompt in enumerate(PROMPTS):
+        params = DRAWN if i != 2 else SamplingParams(temperature=1.0, seed=11, max_tokens=12, logprobs=2)
+        engine.add_request(str(i), prompt, params)
+        engine.step()  # the next joins one step later
+    mixed = finish(engine)
+    assert [tokens(mixed[str(i)]) for i in range(4)] == alone
+
+
+def test_a_seed_gives_the_same_after_preemption(engine, model):
+    alone = [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS]
+    small = make(model, num_blocks=10)  # the third request needs 9 of them in the end
+    for i, prompt in enumerate(PROMPTS):
+        small.add_request(str(i), prompt, DRAWN)
+    outputs = finish(small)
+    assert small.stats().num_preemptions > 0
+    assert [tokens(outputs[str(i)]) for i in range(4)] == alone
+    check_empty(small)
+
+
+def test_different_seeds_differ(engine):
+    answers = {
+        tokens(run(engine, [5], SamplingParams(temperature=1.0, seed=seed, max_tokens=12)))[0]
+        for seed in (0, 1, 2**32, 2**33, -1)
+    }
+    assert len(answers) == 5
+
+
+def test_without_a_seed_requests_differ_and_engines_agree(model):
+    params = SamplingParams(temperature=1.0, max_tokens=12)
+    first, second, other = make(model), make(model), make(model, seed=1)
+    answers = [tokens(run(each, [5], params)) for each in (first, first, second, second, other)]
+    assert answers[0] != answers[1]
+    assert answers[:2] == answers[2:4]
+    assert answers[4] not in answers[:4]
+
+
+def test_samples_of_one_request(engine):
+    params = SamplingParams(temperature=1.0, seed=11, n=3, max_tokens=12)
+    first, second = run(engine, PROMPTS[0], params), run(engine, PROMPTS[0], params)
+    assert tokens(first) == tokens(second)
+    assert len(set(tokens(first))) == 3
+    assert [sample.index for sample in first.outputs] == [0, 1, 2]
+    assert tokens(first)[:1] == tokens(run(engine, PROMPTS[0], DRAWN))
+
+
+def test_stop_tokens_and_eos(engine, model):
+    (answer,) = tokens(run(engine, PROMPTS[0], DRAWN))
+    end = next(i for i in range(3, 12) if answer[i] not in answer[:i])
+    stopped = run(engine, PROMPTS[0], SamplingParams(temperature=1.0, seed=11, stop_token_ids=[answer[end]]))
+    assert tokens(stopped) == [answer[: end + 1]]
+    assert stopped.outputs[0].finish_reason == "stop"
+    with_eos = make(model, Letters(eos_token_ids=(answer[end],)))
+    assert tokens(run(with_eos, PROMPTS[0], DRAWN)) == [answer[: end + 1]]
+    ignoring = SamplingParams(temperature=1.0, seed=11, max_tokens=12, ignore_eos=True)
+    assert tokens(run(with_eos, PROMPTS[0], ignoring)) == [answer]
+
+
+def test_min_tokens_suppress_stops(engine, model):
+    """Greedily: where a stop token would come too early, the best of the others does."""
+    (answer,) = tokens(run(engine, PROMPTS[0], GREEDY))
+    params = SamplingParams(temperature=0.0, min_tokens=3, max_tokens=12, stop_token_ids=[answer[0]])
+    (held,) = tokens(run(engine, PROMPTS[0], params))
+    logprobs = dense_logprobs(model, [*PROMPTS[0], *held])[len(PROMPTS[0]) - 1 : -1]
+    logprobs[:3, answer[0]] = -np.inf
+    assert held == tuple(logprobs.argmax(-1))
+    assert answer[0] not in held[:3]
+    assert len(held) == 12 or held[-1] == answer[0]
+
+
+def test_stop_strings(engine):
+    (whole,) = run(engine, PROMPTS[0], DRAWN).outputs
+    assert whole.text == "".join(LETTERS[token] for token in whole.token_ids)
+    stop = whole.text[4:6]
+    at = whole.text.index(stop)
+    (cut,) = run(engine, PROMPTS[0], SamplingParams(temperature=1.0, seed=11, max_tokens=12, stop=stop)).outputs
+    assert cut.text == whole.text[:at]
+    assert cut.token_ids == whole.token_ids[: at + 2]
+    assert cut.finish_reason == "stop"
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=12, stop=stop, include_stop_str_in_output=True)
+    assert run(engine, PROMPTS[0], params).outputs[0].text == whole.text[: at + 2]
+
+
+def test_a_stop_string_with_the_last_token(engine):
+    (whole,) = run(engine, PROMPTS[0], DRAWN).outputs
+    stop = whole.text[9:]
+    assert whole.text.index(stop) == 9
+    (cut,) = run(engine, PROMPTS[0], SamplingParams(temperature=1.0, seed=11, max_tokens=12, stop=stop)).outputs
+    assert (cut.text, cut.finish_reason) == (whole.text[:9], "stop")
+
+
+def test_ends_by_length(engine, model):
+    output = run(engine, "59", GREEDY)
+    assert (output.prompt, output.prompt_token_ids) == ("59", (5, 9))
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (12, "length")
+    short = make(model, max_model_len=9)
+    output = run(short, [5, 9], GREEDY)
+    assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (7, "length")
+
+
+def test_logprobs_are_the_models_own(engine, model):
+    """Whatever the temperature, the cuts and the tokens suppressed."""
+    params = SamplingParams(
+        temperature=0.7, top_k=9, seed=4, max_tokens=8, min_tokens=8, stop_token_ids=[3], logprobs=4
+    )
+    (sample,) = run(engine, PROMPTS[3], params).outputs
+    expected = dense_logprobs(model, [*PROMPTS[3], *sample.token_ids])[len(PROMPTS[3]) - 1 : -1]
+    assert len(sample.logprobs) == 8
+    for found, row, token in zip(sample.logprobs, expected, sample.token_ids, strict=True):
+        assert set(found) == {token, *np.argsort(row)[-4:].tolist()}
+        for token_id, value in found.items():
+            assert value == pytest.approx(row[token_id], abs=1e-4)
+    chosen = [found[token] for found, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+    assert sample.cumulative_logprob == pytest.approx(sum(chosen), abs=1e-5)
+
+
+def test_logprobs_are_for_who_asks(engine):
+    engine.add_request("a", [5], GREEDY)
+    engine.add_request("b", [5], SamplingParams(temperature=0.0, max_tokens=12, logprobs=0))
+    engine.add_request("c", [5], SamplingParams(temperature=0.0, max_tokens=12, logprobs=3))
+    outputs = finish(engine)
+    assert outputs["a"].outputs[0].logprobs is None
+    assert [set(found) for found in outputs["b"].outputs[0].logprobs] == [{t} for t in tokens(outputs["b"])[0]]
+    assert [len(found) for found in outputs["c"].outputs[0].logprobs] == [3] * 12  # greedy: the token is the likeliest
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_abort_at_any_moment(engine, steps):
+    (alone,) = tokens(run(engine, PROMPTS[0], DRAWN))
+    engine.add_request("stays", PROMPTS[0], DRAWN)
+    engine.add_request("goes", PROMPTS[3], SamplingParams(temperature=1.0, seed=1, n=3, max_tokens=12))
+    for _ in range(steps):
+        engine.step()
+    output = engine.abort("goes")
+    assert output.finished
+    assert [(sample.finish_reason, len(sample.token_ids)) for sample in output.outputs] == [("abort", steps)] * 3
+    assert engine.abort("goes") is None
+    assert tokens(finish(engine)["stays"]) == [alone]
+
+
+def test_abort_amid_a_chunked_prefill(model):
+    engine = make(model, max_num_batched_tokens=8)
+    engine.add_request("goes", PROMPTS[2], GREEDY)
+    engine.step()
+    assert tokens(engine.abort("goes")) == [()]
+    check_empty(engine)
+
+
+def test_a_request_that_never_fits_leaves_the_others_alone(engine, model):
+    (alone,) = tokens(run(engine, PROMPTS[0], DRAWN))
+    small = make(model, num_blocks=5)  # 20 tokens
+    small.add_request("before", PROMPTS[0], DRAWN)
+    small.add_request("large", PROMPTS[2], DRAWN)
+    small.add_request("after", PROMPTS[0], DRAWN)
+    outputs = finish(small)
+    assert outputs["large"].outputs[0].finish_reason == "error"
+    assert "5" in outputs["large"].error
+    assert outputs["large"].outputs[0].token_ids == ()
+    for name in ("before", "after"):
+        assert outputs[name].error is None
+        assert tokens(outputs[name]) == [alone]
+    check_empty(small)
+
+
+def test_a_request_that_outgrows_the_pool(engine, model):
+    (alone,) = tokens(run(engine, PROMPTS[0], DRAWN))
+    small = make(model, num_blocks=3)  # 12 tokens, of 15
+    output = run(small, PROMPTS[0], DRAWN)
+    assert output.outputs[0].finish_reason == "error"
+    assert "3" in output.error
+    # The token drawn last need not be in the cache.
+    assert tokens(output) == [alone[:10]]
+    check_empty(small)
+
+
+BAD = {
+    "bool": ([True], GREEDY, TypeError, "prompt"),
+    "float": ([1.0], GREEDY, TypeError, "prompt"),
+    "letter": (["a"], GREEDY, TypeError, "prompt"),
+    "bytes": (b"abc", GREEDY, TypeError, "prompt"),
+    "none": (None, GREEDY, TypeError, "prompt"),
+    "number": (5, GREEDY, TypeError, "prompt"),
+    "negative": ([1, -1], GREEDY, ValueError, "prompt"),
+    "past the vocabulary": ([1, VOCAB], GREEDY, ValueError, "prompt"),
+    "too long": ([1] * 64, GREEDY, ValueError, "prompt"),
+    "no tokens": ([], GREEDY, ValueError, "prompt"),
+    "no text": ("", GREEDY, ValueError, "prompt"),
+    "too many samples": ([1], SamplingParams(n=5), ValueError, "n"),
+    "a dict for parameters": ([1], {"n": 1}, TypeError, "params"),
+    "stop token past the vocabulary": ([1], SamplingParams(stop_token_ids=[VOCAB]), ValueError, "stop_token_ids"),
+    "name in use": ([1], GREEDY, ValueError, "request_id"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "params", "error", "name"), BAD.values(), ids=BAD)
+def test_bad_input_changes_nothing(engine, prompt, params, error, name):
+    engine.add_request("there", [5], DRAWN)
+    before = engine.stats()
+    with pytest.raises(error, match=f"^{name}: expected"):
+        engine.add_request("there" if name == "request_id" else "new", prompt, params)
+    assert engine.stats() == before
+    engine.add_request("next", [5], DRAWN)
+    outputs = finish(engine)
+    assert set(outputs) == {"there", "next"}
+    assert tokens(outputs["there"]) == tokens(outputs["next"])
+
+
+def test_without_a_tokenizer(model):
+    engine = make(model)
+    with pytest.raises(TypeError, match=r"^prompt: expected token ids"):
+        engine.add_request("a", "text", GREEDY)
+    with pytest.raises(ValueError, match=r"^stop: expected none"):
+        engine.add_request("a", [1], SamplingParams(stop="x"))
+    check_empty(engine)
+    output = run(engine, np.array([5, 9], np.int64).tolist(), GREEDY)
+    assert (output.prompt, output.outputs[0].text) == (None, "")
+
+
+def test_min_tokens_without_bounds(engine):
+    """Numbers that no int32 holds end with the answer, not with the engine."""
+    params = SamplingParams(temperature=0.0, min_tokens=2**40, max_tokens=2**40, stop_token_ids=[3])
+    engine.add_request("a", [5], params)
+    try:
+        (sample,) = finish(engine)["a"].outputs
+    finally:
+        engine.abort("a")
+    assert (len(sample.token_ids), sample.finish_reason) == (63, "length")
+    assert 3 not in sample.token_ids
+
+
+@pytest.mark.parametrize("donated", [False, True])
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_failed_step_leaves_the_engine_usable(engine, monkeypatch, donated, when):
+    alone = [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS[:2]]
+    for i, prompt in enumerate(PROMPTS[:2]):
+        engine.add_request(str(i), prompt, DRAWN)
+    for _ in range(when):
+        engine.step()
+    step = engine._runner._step
+
+    def fail(*args, **kwargs):
+        if donated:
+            step(*args, **kwargs)
+        raise RuntimeError("out of order")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "_step", fail)
+        with pytest.raises(RuntimeError, match="out of order"):
+            engine.step()
+    for i in range(2):
+        assert engine.abort(str(i)).finished
+    check_empty(engine)
+    assert [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS[:2]] == alone
+
+
+def test_a_failure_on_the_device_leaves_the_engine_usable(model):
+    """It comes to light when the samples are fetched, and what the step returned is lost with them."""
+    fails = [False]
+
+    def check(x):
+        if fails[0]:
+            raise RuntimeError("out of order")
+        return x
+
+    class Failing(type(model)):
+        def step(self, tokens, positions, cache, batch):
+            hidden, cache = super().step(tokens, positions, cache, batch)
+            keys = jax.pure_callback(check, jax.ShapeDtypeStruct(cache.keys.shape, cache.keys.dtype), cache.keys)
+            return hidden, type(cache)(keys, cache.values)
+
+    graph, state = nnx.split(model)
+    failing = nnx.merge(graph, state)
+    failing.__class__ = Failing
+    engine = make(failing)
+    alone = tokens(run(engine, [5], DRAWN))
+    engine.add_request("a", [5], DRAWN)
+    engine.step()
+    fails[0] = True
+    with pytest.raises(Exception, match="out of order"):
+        engine.step()
+    fails[0] = False
+    engine.abort("a")
+    assert tokens(run(engine, [5], DRAWN)) == alone
+
+
+def test_metrics_are_ordered_in_time(engine):
+    start = time.monotonic()
+    engine.add_request("a", [5], GREEDY)
+    (output,) = engine.step()
+    first = output.metrics
+    assert not output.finished
+    assert start <= first.arrival_time <= first.first_token_time <= time.monotonic()
+    assert first.finished_time is None
+    last = finish(engine)["a"].metrics
+    assert (last.arrival_time, last.first_token_time) == (first.arrival_time, first.first_token_time)
+    assert last.first_token_time < last.finished_time <= time.monotonic()
+    assert last.time_to_first_token == last.first_token_time - last.arrival_time
+
+
+def test_stats_count_a_request(model):
+    engine = make(model)
+    engine.add_request("a", [7] * 6, SamplingParams(temperature=0.0, max_tokens=4))
+    assert (engine.stats().num_waiting, engine.stats().num_running) == (1, 0)
+    engine.step()
+    assert (engine.stats().num_waiting, engine.stats().num_running) == (0, 1)
+    assert engine.stats().num_free_blocks == 62  # two hold 6 tokens
+    finish(engine)
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.steps) == (6, 4, 4)
+    assert stats.compiled_shapes == 2
+    assert 0 < stats.used_slot_steps <= stats.held_slot_steps
+
+
+def test_a_failed_step_takes_nothing_from_the_others(engine, monkeypatch):
+    expected = {name: run(engine, prompt, GREEDY) for name, prompt in zip("ab", PROMPTS[:2], strict=True)}
+    for name, prompt in zip("ab", PROMPTS[:2], strict=True):
+        engine.add_request(name, prompt, GREEDY)
+    for _ in range(3):
+        engine.step()
+    step = engine._runner._step
+
+    def fail(*args, **kwargs):
+        step(*args, **kwargs)  # takes the donated cache along
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "_step", fail)
+        with pytest.raises(RuntimeError, match="lost"):
+            engine.step()
+    outputs = finish(engine)
+    for name in "ab":
+        assert tokens(outputs[name]) == tokens(expected[name])
+
+
+def test_the_models_own_eos_ends_a_text(model):
+    from dataclasses import replace
+
+    free = run(make(model), PROMPTS[0], GREEDY).outputs[0].token_ids
+    eos = free[4]
+    first = free.index(eos)
+    graph, state = nnx.split(model)
+    with_eos = nnx.merge(graph, state)
+    with_eos.config = replace(model.config, eos_token_ids=(eos,))
+    output = run(make(with_eos), PROMPTS[0], GREEDY).outputs[0]
+    assert (output.token_ids, output.finish_reason) == (free[: first + 1], "stop")
+
+
+def test_a_length_beyond_the_models_is_refused(model):
+    with pytest.raises(ValueError, match=r"max_model_len: expected at most the model's 64, got 65"):
+        make(model, max_model_len=65)
