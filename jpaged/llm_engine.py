@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from . import interrupts
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .memory import num_blocks_that_fit
@@ -185,17 +186,20 @@ class LLMEngine:
 
         If it raises, nothing is lost: what ran is computed anew by the steps that follow, unless it is aborted.
         """
-        scheduled = self._scheduler.schedule()
-        self._to_report += scheduled.ended
-        if scheduled.num_tokens:
-            try:
+        try:
+            with interrupts.held_back():
+                scheduled = self._scheduler.schedule()
+                self._to_report += scheduled.ended
+            if scheduled.num_tokens:
                 result = self._runner.execute(scheduled)
-            except BaseException:
+                with interrupts.held_back():
+                    self._count_slots(scheduled.num_tokens)
+                    self._to_report += self._scheduler.update(scheduled, result.token_ids)
+                    self._take(scheduled.samples, result)
+        except BaseException:
+            with interrupts.held_back():
                 self._scheduler.preempt_all()
-                raise
-            self._count_slots(scheduled.num_tokens)
-            self._to_report += self._scheduler.update(scheduled, result.token_ids)
-            self._take(scheduled.samples, result)
+            raise
         groups, self._to_report = self._to_report, []
         return [
             self._output(self._requests[group.request_id]) for group in groups if group.request_id in self._requests
@@ -206,7 +210,8 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._scheduler.abort(request_id)
+        with interrupts.held_back():
+            self._scheduler.abort(request_id)
         return self._output(request)
 
     def has_unfinished(self) -> bool:

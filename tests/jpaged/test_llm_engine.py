@@ -1,5 +1,6 @@
 """The engine over a small random Llama, whose tokens 0 to 63 a made-up tokenizer spells as letters."""
 
+import signal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -467,3 +468,21 @@ def test_the_models_own_eos_ends_a_text(model):
 def test_a_length_beyond_the_models_is_refused(model):
     with pytest.raises(ValueError, match=r"max_model_len: expected at most the model's 64, got 65"):
         make(model, max_model_len=65)
+
+
+@pytest.mark.parametrize("where", ["schedule", "update"])
+def test_an_interrupt_amid_the_bookkeeping_loses_nothing(engine, monkeypatch, where):
+    expected = tokens(run(engine, PROMPTS[3], GREEDY))
+    engine.add_request("a", PROMPTS[3], GREEDY)
+    engine.step()
+    original = getattr(engine._scheduler, where)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._scheduler, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert tokens(finish(engine)["a"]) == expected
