@@ -212,7 +212,7 @@ class LLMEngine:
             return None
         with interrupts.held_back():
             self._scheduler.abort(request_id)
-        return self._output(request)
+            return self._output(request)
 
     def has_unfinished(self) -> bool:
         """Whether a further `step` has something to do."""

@@ -57,6 +57,8 @@ class Progress:
 
     def stepped(self) -> None:
         """A step is done."""
+        if self._bar.disable:
+            return
         tokens = self._engine.stats().generation_tokens - self._before.generation_tokens
         rate = tokens / (time.monotonic() - self._start)
         self._bar.update(self._task, description="generating", rate=f"{rate:.0f} tokens/s")
