@@ -1,17 +1,30 @@
-"""Exact attention over dense arrays: the operation, its arguments, and its plain form."""
+"""Exact attention over dense arrays, in tiles: the operation, its arguments, and the choice of a backend."""
 
-import math
+import re
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypedDict, Unpack, overload
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int32
 
-from .arguments import check_implementation, check_soft_cap, window_sides
+from . import attention_vjp
+from .attention_spec import AttentionSpec
+from .block_mask import BlockMask
+from .flash_arguments import Call, prepare
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic", "cudnn", "xla", "reference"]
+ArrayLike = Array | np.ndarray
 SegmentIds = Int32[Array, "B T"] | tuple[Int32[Array, "B T"], Int32[Array, "B S"]]
+
+# In the order in which None tries them; "reference" is only ever asked for.
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("mosaic", "cudnn", "xla", "reference")
+TILED = ("mosaic", "xla")  # with a forward and a backward of their own
 
 
 class Options(TypedDict, total=False):
@@ -25,25 +38,28 @@ class Options(TypedDict, total=False):
     segment_ids: SegmentIds | None
     local_window_size: int | tuple[int, int] | None
     logits_soft_cap: float | None
+    block_mask: BlockMask | None
+    dropout_rate: float
+    dropout_rng: Array | None
     implementation: Implementation | None
 
 
 @overload
 def flash_attention(
-    query: Array, key: Array, value: Array, bias: Array | None = ..., mask: Array | None = ...,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ...,
     *, return_residual: Literal[False] = ..., **options: Unpack[Options],
 ) -> Array: ...  # fmt: skip
 @overload
 def flash_attention(
-    query: Array, key: Array, value: Array, bias: Array | None = ..., mask: Array | None = ...,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = ..., mask: ArrayLike | None = ...,
     *, return_residual: Literal[True], **options: Unpack[Options],
 ) -> tuple[Array, Array]: ...  # fmt: skip
 def flash_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    bias: Float[Array, "#B #N #T S"] | None = None,
-    mask: Bool[Array, "#B #N #T S"] | None = None,
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K H"],
+    bias: Float[ArrayLike, "#B #N #T #S"] | None = None,
+    mask: Bool[ArrayLike, "#B #N #T #S"] | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -53,163 +69,159 @@ def flash_attention(
     segment_ids: SegmentIds | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
+    block_mask: BlockMask | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
     return_residual: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Exact attention, softmax(scale * Q K^T + bias) V, as in FlashAttention (arXiv 2205.14135, eq. 1).
+) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]:
+    """Exact attention, softmax(scale * Q K^T + bias) V, as in FlashAttention (arXiv 2205.14135, algorithms 1 and 4).
 
     Names and layouts are those of `jax.nn.dot_product_attention`, and so is the causal alignment: top left. Query
-    row i stands at position i + query_offset, for causal and windows alike.
+    row i stands at position i + query_offset, for causal and windows alike. Memory is linear in the lengths, forward
+    and backward; tiles that no row sees are not computed.
 
     Args:
-      query: N query heads; N is a multiple of K (MHA, GQA, MQA).
-      key, value: K key and value heads.
-      bias: added to the scaled logits.
-      mask: False hides a key.
+      query: [B, T, N, H], or [T, N, H] without a batch; N query heads, a multiple of K (MHA, GQA, MQA).
+      key, value: [B, S, K, H]: K key and value heads, in the query's dtype.
+      bias: floating, broadcasts to [B, N, T, S]; added to the scaled logits. It has a gradient, as large as itself.
+      mask: bool, broadcasts to [B, N, T, S]; False hides a key.
       scale: factor of the logits; None means 1 / sqrt(H).
       is_causal: row i sees keys j <= i + query_offset.
       query_offset: position of the first query row among the keys.
-      query_seq_lengths, key_value_seq_lengths: rows and keys past these are padding.
-      segment_ids: rows see keys of their own segment only; one array when T == S, else (query's, key's).
+      query_seq_lengths, key_value_seq_lengths: int32 [B]; rows and keys past these are padding.
+      segment_ids: int32; rows see keys of their own segment only; one array [B, T] when T == S, else (query's, key's).
       local_window_size: (left, right), or both at once: row i sees keys within [i - left, i + right].
       logits_soft_cap: scaled logits become cap * tanh(logits / cap), before bias and masks.
-      return_residual: also the log-sum-exp of each row's logits, float32.
-      implementation: "xla" multiplies in the inputs' dtype and accumulates in float32; "reference" converts the
-        inputs to float32 first. None takes the first that can. Both hold all T x S logits.
+      block_mask: blocks of the scores that exist at all; the others are neither loaded nor computed.
+      dropout_rate: probability with which an entry of the softmax is dropped; the others are divided by 1 - rate.
+      dropout_rng: a `jax.random` key. Which entries drop depends on it, and on the entry's sequence in the batch, head,
+        row and column, on nothing else: all implementations drop the same.
+      return_residual: also the log-sum-exp of each row's logits, float32 [B, T, N], itself differentiable.
+      implementation: "mosaic" (Hopper GPUs), "cudnn" (`jax.nn`'s, NVIDIA GPUs), "xla" (anywhere) or "reference" (the
+        plain formula in float32, all T x S logits in memory). None takes the first that can serve; `explain` tells.
 
-    Returns the output in the query's dtype; a row that sees no key gives zeros (and a log-sum-exp of -inf).
+    Returns the output in the query's dtype; a row that sees no key gives zeros, a log-sum-exp of -inf, and no gradient.
 
-    Raises ValueError where shapes, dtypes or options do not fit together.
+    Raises TypeError or ValueError where arguments are wrong or do not fit together, with what was expected and what
+    came; NotImplementedError where the implementation asked for cannot do what was asked.
 
     >>> q = jnp.ones((1, 5, 4, 8)); kv = jnp.ones((1, 5, 2, 8))
     >>> flash_attention(q, kv, kv, is_causal=True).shape
     (1, 5, 4, 8)
     """
-    _check_arrays(query, key, value, bias, mask)
-    check_soft_cap("flash_attention", logits_soft_cap)
-    check_implementation("flash_attention", implementation)
-    B, T, _, H = query.shape
-    visible = _visible(
-        (B, T, key.shape[1]),
-        mask=mask,
-        is_causal=is_causal,
-        query_offset=query_offset,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        segment_ids=segment_ids,
-        window=window_sides("flash_attention", local_window_size),
-    )
-    out, residual = _plain(
-        query,
-        key,
-        value,
-        bias,
-        visible,
-        scale=1.0 / math.sqrt(H) if scale is None else float(scale),
-        logits_soft_cap=logits_soft_cap,
-        upcast=implementation == "reference",
-    )
-    return (out, residual) if return_residual else out
+    call = prepare(
+        query, key, value, bias, mask,
+        scale=scale, is_causal=is_causal, query_offset=query_offset, query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths, segment_ids=segment_ids, local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap, block_mask=block_mask, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
+    )  # fmt: skip
+    chosen = _choose(call, implementation, return_residual)
+    if chosen.implementation is None:
+        raise NotImplementedError(f"flash_attention: {chosen}")
+    out, lse = _run(chosen.implementation, call)
+    out = out[0] if call.unbatched else out
+    if not return_residual:
+        return out
+    residual = jnp.swapaxes(lse, 1, 2)
+    return out, residual[0] if call.unbatched else residual
 
 
-def _check_arrays(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None) -> None:
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim != 4:
-            raise ValueError(f"flash_attention: {name} must be [batch, length, heads, head_dim], got {array.shape}")
-        if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
-            expected = query.dtype if jnp.issubdtype(query.dtype, jnp.floating) else "a floating dtype"
-            raise ValueError(f"flash_attention: {name} must have {expected}, as the others, got {array.dtype}")
-    (B, T, N, H), (_, S, K, _) = query.shape, key.shape
-    if key.shape != (B, S, K, H) or value.shape != key.shape:
-        raise ValueError(
-            f"flash_attention: key and value must both be [{B}, kv_len, kv_heads, {H}], "
-            f"got {key.shape} and {value.shape}"
-        )
-    if K == 0 or N % K:
-        raise ValueError(f"flash_attention: query heads must be a multiple of the {K} kv heads, got {N}")
-    for name, array in (("bias", bias), ("mask", mask)):
-        if array is not None and (
-            array.ndim != 4 or any(a not in (1, n) for a, n in zip(array.shape, (B, N, T, S), strict=True))
-        ):
-            raise ValueError(f"flash_attention: {name} must broadcast to {(B, N, T, S)}, got {array.shape}")
-    if mask is not None and mask.dtype != jnp.bool_:
-        raise ValueError(f"flash_attention: mask must be bool, got {mask.dtype}")
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation serves a call (None: none can), and why those before it do not."""
+
+    implementation: Implementation | None
+    reasons: dict[Implementation, str]
+
+    def __str__(self) -> str:
+        lines = [f"{name} cannot serve: {reason}" for name, reason in self.reasons.items()]
+        return "; ".join(lines + ([f"{self.implementation} serves"] if self.implementation else []))
 
 
-def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise ValueError(f"flash_attention: {name} must be {expected}, got {array.shape}")
+def explain(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    *, return_residual: bool = False, **options: Unpack[Options],
+) -> Explanation:  # fmt: skip
+    """Which implementation `flash_attention` takes for these arguments, and why not the ones before it.
+
+    Raises as `flash_attention` does for wrong arguments, but never NotImplementedError.
+
+    >>> q = jnp.ones((1, 5, 4, 8))
+    >>> explain(q, q, q, implementation="reference").implementation
+    'reference'
+    """
+    implementation = options.pop("implementation", None)
+    defaults: dict[str, Any] = dict.fromkeys(Options.__annotations__)
+    del defaults["implementation"]
+    defaults |= {"is_causal": False, "query_offset": 0, "dropout_rate": 0.0}
+    unknown = options.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"explain: expected the arguments of flash_attention, got {', '.join(sorted(unknown))}")
+    return _choose(prepare(query, key, value, bias, mask, **(defaults | options)), implementation, return_residual)
 
 
-def _visible(
-    shape: tuple[int, int, int],
-    *,
-    mask: Array | None,
-    is_causal: bool,
-    query_offset: int,
-    query_seq_lengths: Array | None,
-    key_value_seq_lengths: Array | None,
-    segment_ids: SegmentIds | None,
-    window: tuple[int, int] | None,
-) -> Array:
-    """Which keys each row sees: bool [B|1, N|1, T, S]."""
-    B, T, S = shape
-    row, column = jnp.arange(T)[:, None], jnp.arange(S)[None]
-    position = row + query_offset
-    visible = jnp.ones((1, 1, T, S), bool)
-    if is_causal:
-        visible &= (column <= position)[None, None]
-    if window is not None:
-        left, right = window
-        visible &= ((column >= position - left) & (column <= position + right))[None, None]
-    if query_seq_lengths is not None:
-        _check_shape("query_seq_lengths", query_seq_lengths, (B,))
-        visible &= row[None, None] < query_seq_lengths[:, None, None, None]
-    if key_value_seq_lengths is not None:
-        _check_shape("key_value_seq_lengths", key_value_seq_lengths, (B,))
-        visible &= column[None, None] < key_value_seq_lengths[:, None, None, None]
-    if segment_ids is not None:
-        if not isinstance(segment_ids, tuple) and T != S:
-            raise ValueError(f"flash_attention: one segment_ids array needs q_len == kv_len, got {T} and {S}")
-        of_query, of_key = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        _check_shape("segment_ids of the query", of_query, (B, T))
-        _check_shape("segment_ids of the key", of_key, (B, S))
-        visible &= (of_query[:, :, None] == of_key[:, None, :])[:, None]
-    return visible if mask is None else visible & mask
+def _choose(call: Call, implementation: str | None, return_residual: bool) -> Explanation:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        known = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"flash_attention: implementation must be {known} or None, got {implementation!r}")
+    reasons: dict[Implementation, str] = {}
+    for name in IMPLEMENTATIONS[:-1] if implementation is None else (implementation,):
+        reason = _lacks(name, call, return_residual)
+        if reason is None:
+            return Explanation(name, reasons)
+        reasons[name] = reason
+    return Explanation(None, reasons)
 
 
-@partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "upcast"))
-def _plain(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    visible: Array,
-    *,
-    scale: float,
-    logits_soft_cap: float | None,
-    upcast: bool,
-) -> tuple[Array, Array]:
-    """The formula as it stands, all T x S logits at once."""
-    B, T, N, H = query.shape
-    K = key.shape[2]
-    dtype = query.dtype
-    if upcast:
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    query = query.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
-    logits = logits.reshape(B, N, T, -1) * scale
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    # Rows that see nothing: finite logits keep their gradient from being NaN, the last `where`s make them zero.
-    logits = jnp.where(visible, logits, -jnp.inf)
-    sees = (logits > -jnp.inf).any(-1, keepdims=True)
-    logits = jnp.where(sees, logits, 0.0)
-    residual = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    probs = jnp.where(sees, jnp.exp(logits - residual), 0.0)
-    residual = jnp.where(sees, residual, -jnp.inf)[..., 0]
-    probs = probs.reshape(B, K, N // K, T, -1).astype(value.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", probs, value, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(dtype), jnp.moveaxis(residual, 1, 2)
+def _lacks(name: Implementation, call: Call, return_residual: bool) -> str | None:
+    """Why an implementation cannot serve the call here, or None."""
+    platform, kind = _device()
+    if name == "mosaic" and not (_is_hopper(kind) or _interpreted()):
+        return f"its kernels are for Hopper GPUs (H100, H200), and this is {kind}"
+    if name == "cudnn" and platform not in ("gpu", "cuda"):
+        return f"cuDNN is for NVIDIA GPUs, and this is {kind}"
+    if name == "cudnn" and return_residual:
+        return "its log-sum-exp has no gradient"
+    query, key, value, operands, spec, _ = call
+    return _backend(name).unsupported(query, key, value, operands, spec)
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of the device that the computation is for: of the mesh in context, else the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device or jax.devices()[0]
+    return (device, device) if isinstance(device, str) else (device.platform, device.device_kind)
+
+
+def _is_hopper(kind: str) -> bool:
+    return re.search(r"\bG?H(100|200|800|20)\b", kind) is not None
+
+
+def _interpreted() -> bool:
+    """Whether Pallas interprets GPU kernels, as tests on a CPU let it."""
+    from jax._src import config
+
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def _backend(name: Implementation) -> ModuleType:
+    # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
+    return import_module(f".flash_attention_{name}", __package__)
+
+
+def _run(name: Implementation, call: Call) -> tuple[Array, Any]:
+    query, key, value, operands, spec, _ = call
+    attend = _attend if name in TILED else _attend_plainly
+    return attend(_backend(name), spec, query, key, value, operands)
+
+
+# Under jit, so that a call outside of it compiles once and not at each call.
+_attend = jax.jit(attention_vjp.attend, static_argnums=(0, 1))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _attend_plainly(backend: ModuleType, spec: AttentionSpec, *arguments: Any) -> tuple[Array, Any]:
+    """By a backend that JAX can differentiate as it stands."""
+    return backend.attend(*arguments, spec)

@@ -1,127 +1,27 @@
-"""Dense attention and its gradients against the formulas written out in NumPy.
-
-The rule, for the formula in float64 (ref) and in the kernel's own dtype (low): max|out - ref| is at most twice
-max|low - ref| plus what adding and subtracting 0.3 costs in that dtype; three times for gradients.
-"""
+"""flash_attention against the formulas, by every implementation that runs on a CPU, and its transformations."""
 
 import re
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
-import ml_dtypes
 import numpy as np
 import pytest
+from attention_oracle import (
+    BATCH,
+    BFLOAT16,
+    DROPOUT,
+    Case,
+    as_arguments,
+    assert_as_exact,
+    gradients,
+    make,
+    options_of,
+    softmax_attention,
+)
 
-from pallas_kernels import flash_attention
-
-BFLOAT16 = ml_dtypes.bfloat16
-
-
-def softmax_attention(arrays, dtype, *, scale=None, logits_soft_cap=None, **visibility):
-    """Output and log-sum-exp, and what the backward pass needs; every result is rounded to dtype."""
-
-    def rounded(x):
-        return x.astype(dtype).astype(x.dtype)
-
-    work = np.float64 if dtype == np.float64 else np.float32
-    q, k, v = (arrays[name].astype(work) for name in ("query", "key", "value"))
-    repeats = q.shape[2] // k.shape[2]
-    k, v = np.repeat(k, repeats, axis=2), np.repeat(v, repeats, axis=2)
-    scale = work(q.shape[-1] ** -0.5 if scale is None else scale)
-    logits = rounded(rounded(np.einsum("btnh,bsnh->bnts", q, k)) * scale)
-    slope = np.ones_like(logits)
-    if logits_soft_cap is not None:
-        tanh = np.tanh(logits / work(logits_soft_cap))
-        logits, slope = rounded(work(logits_soft_cap) * tanh), 1 - tanh**2
-    if "bias" in arrays:
-        logits = rounded(logits + arrays["bias"].astype(work))
-    visible = visible_keys(arrays, logits.shape, **visibility)
-    highest = np.where(visible, logits, -np.inf).max(-1, keepdims=True, initial=-1e30)
-    weights = np.where(visible, rounded(np.exp(np.minimum(logits - highest, 0))), 0)
-    total = weights.sum(-1, keepdims=True)
-    probs = rounded(weights / np.where(total == 0, 1, total))
-    with np.errstate(divide="ignore"):
-        residual = np.where(total == 0, -np.inf, highest + np.log(total))
-    out = rounded(np.einsum("bnts,bsnh->btnh", probs, v))
-    return out, np.moveaxis(residual[..., 0], 1, 2), (q, k, v, scale, slope, probs, rounded)
-
-
-def visible_keys(arrays, shape, *, is_causal=False, query_offset=0, local_window_size=None):
-    B, _, T, S = shape
-    row, key = np.arange(T)[:, None], np.arange(S)[None, :]
-    position = row + query_offset
-    visible = np.ones((B, 1, T, S), bool)
-    if is_causal:
-        visible &= key <= position
-    if local_window_size is not None:
-        left, right = np.broadcast_to(local_window_size, 2)
-        visible &= (position - left <= key) & (key <= position + right)
-    for b in range(B):
-        if "query_seq_lengths" in arrays:
-            visible[b] &= row < arrays["query_seq_lengths"][b]
-        if "key_value_seq_lengths" in arrays:
-            visible[b] &= key < arrays["key_value_seq_lengths"][b]
-        if "segment_ids" in arrays:
-            of_query, of_key = arrays["segment_ids"]
-            visible[b] &= np.equal.outer(of_query[b], of_key[b])
-    return visible & arrays.get("mask", True)
-
-
-def gradients(arrays, d_out, d_residual, dtype, **options):
-    """d query, d key, d value and d bias by hand: section 3.1 of arXiv 2307.08691, and d residual beside it."""
-    q, k, v, scale, slope, probs, rounded = softmax_attention(arrays, dtype, **options)[2]
-    work = q.dtype
-    d_out, d_residual = d_out.astype(work), d_residual.astype(work)
-    d_probs = rounded(np.einsum("btnh,bsnh->bnts", d_out, v))
-    rows = (probs * d_probs).sum(-1, keepdims=True) - np.moveaxis(d_residual, 2, 1)[..., None]
-    d_bias = rounded(probs * (d_probs - rows))
-    d_logits = rounded(d_bias * slope * scale)
-    K = arrays["key"].shape[2]
-
-    def grouped(x):
-        return x.reshape(*x.shape[:2], K, -1, x.shape[-1]).sum(3)
-
-    found = {
-        "query": np.einsum("bnts,bsnh->btnh", d_logits, k),
-        "key": grouped(np.einsum("bnts,btnh->bsnh", d_logits, q)),
-        "value": grouped(np.einsum("bnts,btnh->bsnh", probs, d_out)),
-    }
-    if "bias" in arrays:
-        ones = tuple(axis for axis, size in enumerate(arrays["bias"].shape) if size == 1)
-        found["bias"] = d_bias.sum(ones, keepdims=True)
-    return {name: rounded(x) for name, x in found.items()}
-
-
-def assert_as_exact(out, ref, low, dtype, factor=2.0, name=""):
-    """The rule of this file, for what is finite; what is not must be equal."""
-    out, ref, low = (np.asarray(x).astype(np.float64) for x in (out, ref, low))
-    assert out.shape == ref.shape
-    finite = np.isfinite(ref)
-    np.testing.assert_array_equal(out[~finite], ref[~finite], err_msg=name)
-    if finite.any():
-        out, ref, low = out[finite], ref[finite], low[finite]
-        shifted = ((ref.astype(dtype) + dtype(0.3)) - dtype(0.3)).astype(np.float64)
-        allowed = factor * np.abs(low - ref).max() + 2 * np.abs(shifted - ref.astype(dtype).astype(np.float64)).max()
-        assert np.abs(out - ref).max() <= allowed, name
-
-
-class Case(NamedTuple):
-    T: int
-    S: int
-    N: int = 4
-    K: int = 2
-    H: int = 32
-    data: tuple[str, ...] = ()
-    options: dict[str, Any] = {}  # noqa: RUF012
-
-    def __str__(self):
-        words = [f"{name}={value}".replace(" ", "") for name, value in self.options.items()]
-        return "-".join([f"{self.T}x{self.S}", f"{self.N}/{self.K}", f"H{self.H}", *self.data, *words])
-
+from pallas_kernels import BlockMask, explain, flash_attention
 
 CASES = [
     Case(1, 1),
@@ -140,65 +40,23 @@ CASES = [
     Case(77, 77, data=("query_seq_lengths", "key_value_seq_lengths")),
     Case(77, 77, N=6, K=3, data=("segment_ids",), options={"is_causal": True}),
     Case(31, 77, data=("two_segment_ids", "key_value_seq_lengths"), options={"logits_soft_cap": 30.0}),
+    Case(113, 203, N=2, data=("dropout",)),
+    Case(77, 77, data=("dropout", "segment_ids", "bias"), options={"is_causal": True}),
+    Case(100, 70, data=("block_mask",)),
+    Case(100, 70, data=("head_block_mask", "dropout"), options={"is_causal": True, "logits_soft_cap": 5.0}),
 ]
-BATCH = 2
-
-
-def make(case, dtype: Any = np.float32):
-    """The arrays of a case, by argument; logits spread wide enough for softmax to matter."""
-    rng = np.random.default_rng(case.T * 1000 + case.S)
-    T, S, N, K, H = case[:5]
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(dtype)
-
-    arrays: dict[str, Any] = {
-        "query": (2 * normal(BATCH, T, N, H)).astype(dtype),
-        "key": normal(BATCH, S, K, H),
-        "value": normal(BATCH, S, K, H),
-    }
-    for name in case.data:
-        match name:
-            case "bias":
-                arrays["bias"] = normal(BATCH, N, T, S)
-            case "row_bias":
-                arrays["bias"] = normal(1, N, 1, S)
-            case "mask":
-                arrays["mask"] = rng.random((BATCH, 1, T, S)) < 0.7
-                arrays["mask"][1, 0, 5] = False
-            case "head_mask":
-                arrays["mask"] = rng.random((1, N, 1, S)) < 0.5
-                arrays["mask"][0, 1] = False
-            case "query_seq_lengths":
-                arrays[name] = np.array([T, T // 3], np.int32)
-            case "key_value_seq_lengths":
-                arrays[name] = np.array([0, S // 2 + 1], np.int32)
-            case "segment_ids":
-                ids = np.sort(rng.integers(0, 5, (BATCH, T)), axis=1).astype(np.int32)
-                arrays["segment_ids"] = (ids, ids)
-            case "two_segment_ids":
-                of_query = np.sort(rng.integers(0, 5, (BATCH, T)), axis=1).astype(np.int32)
-                arrays["segment_ids"] = (of_query, np.sort(rng.integers(2, 7, (BATCH, S)), axis=1).astype(np.int32))
-    return arrays
-
-
-def as_arguments(arrays):
-    """For `flash_attention`: where both lengths are equal, one array of segments serves."""
-    given = jax.tree.map(jnp.asarray, arrays)
-    if "segment_ids" in given and given["segment_ids"][0].shape == given["segment_ids"][1].shape:
-        given["segment_ids"] = given["segment_ids"][0]
-    return given
 
 
 def run_case(case, arrays, implementation=None):
-    options: Any = {**case.options, "implementation": implementation}
+    options = options_of(case, implementation)
     return jax.jit(lambda arrays: flash_attention(**arrays, **options, return_residual=True))(as_arguments(arrays))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_residual_are_the_formulas(case):
+def test_output_and_residual_are_the_formulas(case, implementation):
     arrays = make(case)
-    out, residual = run_case(case, arrays)
+    out, residual = run_case(case, arrays, implementation)
     assert (out.dtype, residual.dtype) == (jnp.float32, jnp.float32)
     ref, low = (softmax_attention(arrays, dtype, **case.options) for dtype in (np.float64, np.float32))
     assert_as_exact(out, ref[0], low[0], np.float32, name="output")
@@ -213,8 +71,9 @@ def test_some_cases_have_rows_that_see_nothing_and_some_have_none():
 
 
 # One of each kind; what is differentiated is compiled anew.
-@pytest.mark.parametrize("case", [CASES[i] for i in (1, 6, 7, 9, 11, 12, 13, 15)], ids=str)
-def test_gradients_are_the_formulas(case):
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 6, 7, 9, 11, 12, 13, 15, 17, 19)], ids=str)
+def test_gradients_are_the_formulas(case, implementation):
     arrays = make(case)
     rng = np.random.default_rng(1)
     d_out = rng.standard_normal(arrays["query"].shape).astype(np.float32)
@@ -224,7 +83,7 @@ def test_gradients_are_the_formulas(case):
     @jax.jit
     def pull_back(arrays):
         def forward(wanted):
-            return flash_attention(**(arrays | wanted), **case.options, return_residual=True)
+            return flash_attention(**(arrays | wanted), **options_of(case, implementation), return_residual=True)
 
         return jax.vjp(forward, {name: arrays[name] for name in names})[1]((d_out, d_residual))[0]
 
@@ -331,14 +190,6 @@ def test_it_stands_in_for_jax_nn(data, options):
 # Errors.
 
 
-@pytest.fixture
-def no_annotation_checks() -> Iterator[None]:
-    """Lets wrong shapes through to the function's own checks, which is what a user without this suite meets."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def array(*shape, dtype: Any = np.float32):
     return jnp.zeros(shape, dtype)
 
@@ -347,10 +198,11 @@ def array(*shape, dtype: Any = np.float32):
 @pytest.mark.parametrize(
     ("change", "expected", "actual"),
     [
-        ({"query": array(5, 4, 8)}, "query .*[batch, length, heads, head_dim]", "(5, 4, 8)"),
-        ({"value": array(2, 7, 16)}, "value .*[batch, length, heads, head_dim]", "(2, 7, 16)"),
+        ({"query": array(4, 8)}, "query .*[batch, length, heads, head_dim]", "(4, 8)"),
+        ({"query": 3.0}, "query .*array", "float"),
+        ({"value": array(7, 16)}, "value .*[batch, length, heads, head_dim]", "(7, 16)"),
         ({"key": array(2, 7, 2, 8, dtype=jnp.bfloat16)}, "key .*float32", "bfloat16"),
-        ({"value": array(2, 7, 2, 8, dtype=jnp.int32)}, "value .*float32", "int32"),
+        ({"value": array(2, 7, 2, 8, dtype=jnp.int32)}, "value .*floating", "int32"),
         ({"key": array(3, 7, 2, 8)}, "key and value .*[2, kv_len, kv_heads, 8]", "(3, 7, 2, 8)"),
         ({"key": array(2, 7, 2, 9)}, "key and value .*[2, kv_len, kv_heads, 8]", "(2, 7, 2, 9)"),
         ({"value": array(2, 6, 2, 8)}, "key and value", "(2, 7, 2, 8) and (2, 6, 2, 8)"),
@@ -364,7 +216,7 @@ def array(*shape, dtype: Any = np.float32):
         ({"logits_soft_cap": float("nan")}, "logits_soft_cap .*positive", "nan"),
         ({"local_window_size": -1}, "local_window_size .*negative", "-1"),
         ({"local_window_size": (3, -2)}, "local_window_size .*negative", "(3, -2)"),
-        ({"implementation": "cuda"}, "implementation .*'xla', 'reference' or None", "'cuda'"),
+        ({"implementation": "cuda"}, "implementation .*'xla', 'reference'.*None", "'cuda'"),
         # What has a length or a kind of its own.
         ({"query": array(2, 5, 4, 8, dtype=np.int32), "key": array(2, 7, 2, 8, dtype=np.int32),
               "value": array(2, 7, 2, 8, dtype=np.int32)}, "query .*float", "int32"),
@@ -372,6 +224,21 @@ def array(*shape, dtype: Any = np.float32):
         ({"key_value_seq_lengths": array(2, 1, dtype=np.int32)}, "key_value_seq_lengths .*(2,)", "(2, 1)"),
         ({"segment_ids": (array(2, 5, dtype=np.int32),) * 2}, "segment_ids .*(2, 7)", "(2, 5)"),
         ({"local_window_size": (1, 2, 3)}, "local_window_size", "(1, 2, 3)"),
+        ({"local_window_size": 2.5}, "local_window_size .*int", "2.5"),
+        ({"bias": array(2, 4, 5, 7, dtype=np.int32)}, "bias .*floating", "int32"),
+        ({"query_seq_lengths": array(2)}, "query_seq_lengths .*int32", "float32"),
+        ({"segment_ids": (array(2, 5, dtype=np.int32),) * 3}, "segment_ids", "3"),
+        ({"scale": "large"}, "scale .*number", "str"),
+        ({"scale": float("inf")}, "scale .*finite", "inf"),
+        ({"is_causal": 1}, "is_causal .*bool", "int"),
+        ({"query_offset": 1.5}, "query_offset .*int", "float"),
+        ({"logits_soft_cap": "hard"}, "logits_soft_cap .*number", "str"),
+        ({"block_mask": np.ones((1, 1), bool)}, "block_mask .*BlockMask", "ndarray"),
+        ({"block_mask": BlockMask(np.ones((2, 2), bool), 4, 2)}, "block_mask .*(2, 4) or (4, 2, 4)", "(2, 2)"),
+        ({"dropout_rate": 1.0}, "dropout_rate .*below 1", "1.0"),
+        ({"dropout_rate": None}, "dropout_rate .*number", "NoneType"),
+        ({"dropout_rate": 0.5}, "dropout_rng", "None"),
+        ({"dropout_rate": 0.5, "dropout_rng": 3}, "dropout_rng .*key", "int"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named_with_expected_and_actual(change, expected, actual):
@@ -392,3 +259,121 @@ def test_a_row_that_bias_hides_gives_zeros():
     out, residual = flash_attention(query, key, value, bias, return_residual=True)
     np.testing.assert_allclose(out[0, :, 0, 0], [1, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(residual[0, :, 0], [8**0.5 + np.log(3), -np.inf, 8**0.5 + np.log(3)], rtol=1e-6)
+
+
+def test_what_no_backend_here_can_do_is_said():
+    query = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(NotImplementedError, match=r"mosaic cannot serve: .*Hopper.*cpu"):
+        flash_attention(query, query, query, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match=r"cudnn cannot serve: .*NVIDIA GPUs.*cpu"):
+        flash_attention(query, query, query, implementation="cudnn")
+
+
+def test_explain_says_who_serves_and_why_others_do_not():
+    query = jnp.zeros((1, 4, 2, 8))
+    found = explain(query, query, query, is_causal=True)
+    assert found.implementation == "xla"
+    assert set(found.reasons) == {"mosaic", "cudnn"}
+    assert str(found).endswith("xla serves")
+    assert explain(query, query, query, implementation="mosaic").implementation is None
+    with pytest.raises(ValueError, match="query heads"):
+        explain(query, jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 3, 8)))
+    with pytest.raises(TypeError, match="got causal"):
+        explain(query, query, query, causal=True)  # pyright: ignore[reportCallIssue]
+
+
+# Transformations.
+
+PACKED = Case(33, 65, data=("bias", "dropout"), options={"is_causal": True, "query_offset": 32})
+
+
+def loss_of(case, arrays):
+    """A loss that output and residual enter, as a function of the arrays with a gradient."""
+
+    def loss(wanted):
+        out, residual = flash_attention(**(arrays | wanted), **options_of(case, "xla"), return_residual=True)
+        return (out.astype(jnp.float32) ** 2).sum() + jnp.where(jnp.isfinite(residual), residual, 0).sum()
+
+    return loss
+
+
+def differentiable(arrays):
+    return {name: arrays[name] for name in ("query", "key", "value", "bias") if name in arrays}
+
+
+@pytest.mark.parametrize("mapped", [("query", "key", "value", "bias"), ("query",), ("value", "bias")], ids="+".join)
+def test_vmap_is_one_call_after_the_other(mapped):
+    examples = [as_arguments(make(PACKED._replace(T=33, S=65), np.float32)) for _ in range(3)]
+    rng = np.random.default_rng(3)
+    examples = [{k: v + jnp.float32(rng.normal()) * v for k, v in e.items()} for e in examples]
+    fixed = {name: x for name, x in examples[0].items() if name not in mapped}
+    stacked = {name: jnp.stack([e[name] for e in examples]) for name in mapped}
+
+    def gradient(wanted):
+        return jax.grad(loss_of(PACKED, {}))(fixed | wanted)
+
+    together = jax.jit(jax.vmap(gradient))(stacked)
+    gradient = jax.jit(gradient)
+    for i, example in enumerate(examples):
+        alone = gradient({name: example[name] for name in mapped})
+        for name in alone:
+            np.testing.assert_allclose(together[name][i], alone[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_vmap_over_masks_of_blocks():
+    arrays = as_arguments(make(Case(100, 70)))
+    masks = np.random.default_rng(0).random((3, 7, 3)) < 0.5
+
+    def attend(mask):
+        return flash_attention(**arrays, block_mask=BlockMask(mask, 16, 32))
+
+    together = jax.vmap(attend)(jnp.asarray(masks))
+    for mask, out in zip(masks, together, strict=True):
+        np.testing.assert_allclose(out, attend(jnp.asarray(mask)), atol=1e-6)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_checkpoint_runs_no_forward_twice_where_the_named_residuals_are_saved(saved):
+    arrays = as_arguments(make(PACKED))
+    names = ("flash_attention_out", "flash_attention_lse") if saved else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    checkpointed = jax.checkpoint(loss_of(PACKED, arrays), policy=policy)
+    wanted = differentiable(arrays)
+    plain = jax.jit(jax.grad(loss_of(PACKED, arrays)))(wanted)
+    found = jax.jit(jax.grad(checkpointed))(wanted)
+    for name in plain:
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    calls = str(jax.make_jaxpr(jax.grad(checkpointed))(wanted)).count("custom_vmap_call[")
+    assert calls == (2 if saved else 3)  # forward and backward; else one forward more
+
+
+def test_shard_map_over_batch_and_heads():
+    case = Case(33, 65, N=4, K=2, options={"is_causal": True})
+    arrays = as_arguments(make(case))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    expected = jax.grad(loss_of(case, {}))(arrays)
+    for spec in (jax.P("x"), jax.P(None, None, "x")):
+        sharded = jax.jit(
+            jax.shard_map(
+                lambda a: jax.lax.psum(loss_of(case, {})(a), "x"), mesh=mesh, in_specs=(spec,), out_specs=jax.P()
+            )
+        )
+        found = jax.grad(sharded)(arrays)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_dropout_keeps_the_fraction_and_another_key_another_mask(implementation):
+    query = jnp.zeros((2, 256, 2, 8))
+    value = jnp.ones((2, 256, 2, 8))
+
+    @jax.jit
+    def kept(key):
+        return flash_attention(query, query, value, **DROPOUT | {"dropout_rng": key}, implementation=implementation)
+
+    one, two = kept(jax.random.key(1)), kept(jax.random.key(2))
+    assert abs(one.mean() * 0.83 - 0.83) < 0.01
+    assert abs(two.mean() * 0.83 - 0.83) < 0.01
+    assert abs(np.corrcoef(one[..., 0].ravel(), two[..., 0].ravel())[0, 1]) < 0.15
+    np.testing.assert_array_equal(one, kept(jax.random.key(1)))

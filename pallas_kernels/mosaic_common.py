@@ -1,0 +1,97 @@
+"""What the Hopper kernels share: tiles in shared memory, the loader's ring, matrix products into accumulators.
+
+A tile of rows with H columns lies in shared memory as panels [H / 64, rows, 64], one TMA copy each: 64 columns of a
+16-bit dtype are the 128 bytes of the widest swizzle, and rows need not come in eights as they would if TMA itself cut
+the tensor into 8 x 64 pieces.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src import config as jax_config  # the one place that says whether kernels are interpreted
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA = plgpu.Layout.WGMMA
+PANEL = 64
+
+Ref = Any  # a reference to memory inside a kernel
+Scalar = int | jax.Array
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Pallas' interpreter, which knows neither aliased shared memory nor a left operand of
+    wgmma in registers."""
+    return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def tile_memory(*shape: int, dtype: jnp.dtype) -> Any:
+    """Shared memory for tiles [..., panels, rows, 64]: a view for TMA and, over the same bytes, one for wgmma."""
+    swizzle = plgpu.SwizzleTransform(128)
+    for_wgmma = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, PANEL)), swizzle))
+    return for_wgmma if interpreted() else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), for_wgmma)
+
+
+def tile_views(memory: Ref) -> tuple[Ref, Ref]:
+    """The views of a `tile_memory`: (for TMA, for wgmma and registers)."""
+    return (memory, memory) if interpreted() else memory
+
+
+def columns(panel: int) -> Any:
+    return pl.ds(panel * PANEL, PANEL)
+
+
+def load_tile(source: Ref, index: tuple, tile: Ref, full: Ref) -> None:
+    """Starts the copies of source[*index, :] into a tile, each of which arrives at `full` once."""
+    for panel in range(tile.shape[0]):
+        plgpu.copy_gmem_to_smem(source.at[(*index, columns(panel))], tile.at[panel], full)
+
+
+def store_tile(tile: Ref, target: Ref, index: tuple) -> None:
+    """Starts the copies of a tile to target[*index, :]; rows beyond the target's end are left out."""
+    for panel in range(tile.shape[0]):
+        plgpu.copy_smem_to_gmem(tile.at[panel], target.at[(*index, columns(panel))])
+
+
+def multiply_transposed(accumulator: Ref, a: Ref, b: Ref) -> None:
+    """accumulator += a b^T, two tiles; one wgmma group a panel."""
+    for panel in range(a.shape[0]):
+        plgpu.wgmma(accumulator, a.at[panel], b.at[panel].transpose((1, 0)))
+
+
+def multiply(accumulators: Sequence[Ref], a: jax.Array, b: Ref, staging: Ref | None) -> None:
+    """accumulators += a b for `a` in registers and a tile b, an accumulator and a wgmma group each panel of b.
+
+    Interpreted, `a` passes through `staging` in shared memory.
+    """
+    left = a
+    if staging is not None:
+        staging[...] = a
+        plgpu.commit_smem()
+        left = staging
+    for panel, accumulator in enumerate(accumulators):
+        plgpu.wgmma(accumulator, left, b.at[panel])
+
+
+def broadcast(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector that runs along `axis` of `shape`."""
+    return lax.broadcast_in_dim(vector, shape, (axis,))
+
+
+def positions(shape: tuple[int, ...], axis: int, dtype: jnp.dtype = jnp.int32) -> jax.Array:
+    return plgpu.broadcasted_iota(dtype, shape, axis, layout=WGMMA)
+
+
+def slot(step: Scalar, stages: int) -> jax.Array:
+    return lax.rem(jnp.int32(step), jnp.int32(stages))
+
+
+def drain(steps: Scalar, stages: int, free: Ref) -> None:
+    """Waits until every slot that the loader filled is free: a barrier's phase that completes must be waited for."""
+
+    @pl.loop(lax.max(jnp.int32(steps) - stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(free.at[slot(step, stages)])
