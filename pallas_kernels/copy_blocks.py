@@ -6,20 +6,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from .devices import Implementation, mosaic_module
 from .kv_cache import KVCache
 
 Ids = Array | np.ndarray
 
 
-def copy_blocks(cache: KVCache, pairs: Int32[Ids, "n 2"]) -> KVCache:
+def copy_blocks(cache: KVCache, pairs: Int32[Ids, "n 2"], *, implementation: Implementation | None = None) -> KVCache:
     """Copies block pairs[i, 0] to block pairs[i, 1] for every pair at once: all layers, keys and values.
 
     One block may be the source of several pairs. Destinations are unique, and none is also a source: the copies
     happen in no order. A pair with an id outside of the cache, such as the padding (-1, -1), copies nothing; -1 never
-    stands for the last block. In place when the cache is donated to the enclosing `jax.jit`.
+    stands for the last block. In place when the cache is donated to the enclosing `jax.jit`; where it is sharded over
+    its kv heads, call this inside `jax.shard_map`, with the same pairs for all.
+
+    `implementation` is "mosaic" (Hopper GPUs, one launch), "xla" (anywhere), or None for the first that can serve.
 
     Raises ValueError for wrong shapes, and where `pairs` is a NumPy array, whose values are known, for ids past the
-    cache's end, destinations that repeat, and destinations that are also sources.
+    cache's end, destinations that repeat, and destinations that are also sources. Raises NotImplementedError where
+    the implementation asked for cannot serve.
 
     >>> cache = KVCache.create(num_layers=2, num_blocks=8, block_size=16, num_kv_heads=4, head_dim=64)
     >>> cache = copy_blocks(cache, np.array([[3, 5], [3, 6], [-1, -1]], np.int32))
@@ -27,7 +32,12 @@ def copy_blocks(cache: KVCache, pairs: Int32[Ids, "n 2"]) -> KVCache:
     _check_ids("copy_blocks", "pairs", pairs, "[n, 2]", cache)
     if isinstance(pairs, np.ndarray):
         _check_order(pairs)
-    source, target = jnp.asarray(pairs).T
+    pairs = jnp.asarray(pairs)
+    if not len(pairs):
+        return cache
+    if kernel := mosaic_module("copy_blocks", implementation, cache):
+        return kernel.copy_blocks(cache, pairs)
+    source, target = pairs.T
     target = jnp.where((source >= 0) & (source < cache.num_blocks), target, -1)
 
     def copy(pages: Array) -> Array:

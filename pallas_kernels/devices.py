@@ -1,8 +1,13 @@
 """Which device a computation is for, and whether the Hopper kernels run there."""
 
 import re
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
 
 import jax
+
+Implementation = Literal["mosaic", "xla"]
 
 
 def platform_and_kind() -> tuple[str, str]:
@@ -19,6 +24,27 @@ def lacks_mosaic() -> str | None:
     if re.search(r"\bG?H(100|200|800|20)\b", kind) or interpreted():
         return None
     return f"its kernels are for Hopper GPUs (H100, H200), and this is {kind}"
+
+
+def mosaic_module(operation: str, implementation: Implementation | None, *arguments: Any) -> ModuleType | None:
+    """The module of an operation's Hopper kernel where that is to serve these arguments; None where XLA is.
+
+    Raises ValueError for an unknown implementation, NotImplementedError where "mosaic" is asked for and cannot serve.
+    """
+    if implementation not in (None, "mosaic", "xla"):
+        raise ValueError(f"{operation}: implementation must be 'mosaic', 'xla' or None, got {implementation!r}")
+    if implementation == "xla":
+        return None
+    reason, module = lacks_mosaic(), None
+    if reason is None:
+        # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
+        module = import_module(f".{operation}_mosaic", __package__)
+        reason = module.unsupported(*arguments)
+    if reason is None:
+        return module
+    if implementation == "mosaic":
+        raise NotImplementedError(f"{operation}: mosaic cannot serve: {reason}")
+    return None
 
 
 def interpreted() -> bool:

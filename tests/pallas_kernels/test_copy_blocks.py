@@ -1,6 +1,7 @@
 """Copies of blocks against loops in NumPy; what is not named keeps its bits."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 from cache_oracle import assert_same_bits, bits, random_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_interpreter import interpreted, mutant, without_races
 
-from pallas_kernels import KVCache, copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels import KVCache, copy_blocks, copy_blocks_mosaic, gather_blocks, scatter_blocks
 
 DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16]
 NUM_BLOCKS, NUM_IDS = 9, 6
@@ -151,3 +154,76 @@ def test_traced_ids_past_the_end_copy_nothing():
     pages, cache = random_cache(np.random.default_rng(2), SHAPE)
     pairs = jnp.array([[0, NUM_BLOCKS], [NUM_BLOCKS, 1], [2**31 - 1, 2], [3, 2**31 - 1]], jnp.int32)
     assert_same_bits(copy(cache, pairs), pages)
+
+
+# The Hopper kernel: (blocks, block size, kv heads, head dim), from pages of one TMA row to pages of many tiles.
+MOSAIC_SHAPES = [(7, 1, 1, 8), (7, 16, 3, 64), (5, 1, 3, 72), (5, 5, 1, 40), (4, 256, 2, 80), (6, 128, 4, 128)]
+
+
+def mosaic_problem(shape, dtype):
+    P, *page = shape
+    rng = np.random.default_rng(sum(shape))
+    pages, cache = random_cache(rng, (2, P, *page), dtype)
+    source, *targets = rng.permutation(P)[:3]
+    return (
+        pages,
+        cache,
+        np.array([(-1, 0), *((source, target) for target in targets), (0, -1), (P, 0), (0, P)], np.int32),
+    )
+
+
+def is_wrong(module):
+    """Whether a kernel's mistake is found out: by its result, by a race, or by not ending well."""
+    pages, cache, pairs = mosaic_problem((7, 64, 3, 64), np.float32)
+    try:
+        found, raced = interpreted(module.copy_blocks, cache, jnp.asarray(pairs))
+        assert_same_bits(found, copied(pages, pairs[1:3]))
+    except (AssertionError, jax.errors.JaxRuntimeError):
+        return True
+    return raced
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", MOSAIC_SHAPES, ids=str)
+def test_the_hopper_kernel_copies_the_same(shape, dtype):
+    pages, cache, pairs = mosaic_problem(shape, dtype)
+    found = without_races(partial(copy_blocks, implementation="mosaic"), cache, jnp.asarray(pairs))
+    assert_same_bits(found, copied(pages, pairs[1:3]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("plgpu.barrier_wait(full.at[i])", "pass"),
+        ("plgpu.wait_smem_to_gmem(0)", "pass"),
+        ("(target >= 0) &", ""),
+        ("(source >= 0) &", ""),
+        ("& (source < P)", ""),
+        ("pairs_ref[pair, 0], pairs_ref[pair, 1]", "pairs_ref[pair, 1], pairs_ref[pair, 0]"),
+        ("ref.at[layer, target, part]", "ref.at[0, target, part]"),
+        ("tiles.at[i], ref.at[layer, target", "tiles.at[0], ref.at[layer, target"),
+        ('lax.axis_index("tile") * tile', "0"),
+    ],
+)
+def test_mistakes_in_the_hopper_kernel_are_caught(old, new):
+    assert is_wrong(mutant(copy_blocks_mosaic, old, new))
+
+
+def test_the_kernel_without_mistakes_is_not():
+    assert not is_wrong(copy_blocks_mosaic)
+
+
+@pytest.mark.usefixtures("no_annotation_checks")
+def test_what_the_hopper_kernel_cannot_do_is_said():
+    pairs = np.array([[0, 1]], np.int32)
+    cache = KVCache.create(num_layers=1, num_blocks=2, block_size=1, num_kv_heads=1, head_dim=6, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"its kernels are for Hopper GPUs \(H100, H200\), and this is cpu"):
+        copy_blocks(cache, pairs, implementation="mosaic")
+    with (
+        plgpu.force_gpu_interpret_mode(),
+        pytest.raises(NotImplementedError, match="a block of one layer must be a multiple of 16 bytes, got 12"),
+    ):
+        copy_blocks(cache, pairs, implementation="mosaic")
+    unknown: Any = "triton"
+    with pytest.raises(ValueError, match="implementation must be 'mosaic', 'xla' or None, got 'triton'"):
+        copy_blocks(cache, pairs, implementation=unknown)
