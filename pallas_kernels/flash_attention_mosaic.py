@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
+from .devices import interpreted
 from .flash_attention_mosaic_backward import backward as backward
 from .flash_forward_config import ForwardConfig, default_config
 from .mosaic_common import (
@@ -32,7 +33,6 @@ from .mosaic_common import (
     broadcast,
     drain,
     dropout_row_keys,
-    interpreted,
     load_tile,
     multiply_transposed,
     padded,

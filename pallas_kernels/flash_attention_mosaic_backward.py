@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
+from .devices import interpreted
 from .mosaic_common import (
     LOG2E,
     PANEL,
@@ -34,7 +35,6 @@ from .mosaic_common import (
     broadcast,
     drain,
     dropout_row_keys,
-    interpreted,
     load_tile,
     multiply,
     multiply_transposed,
