@@ -186,8 +186,10 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
 
     function = function if hasattr(function, "trace") else jax.jit(function)
     args = jax.tree.map(placed, args)
-    with jax.set_mesh(devices), _uncached(), _dumped() as folder:
-        compiled = function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    with jax.set_mesh(devices):
+        lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+    with _uncached(), _dumped() as folder:
+        compiled = lowered.compile()
         text = compiled.as_text()
         # XLA names each of our kernels by the module it came from, and its dumps carry that name.
         modules = dict.fromkeys(re.findall(r"mosaic_gpu\.dump_basename\\00(\w+)\\00", text))

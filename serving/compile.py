@@ -67,10 +67,11 @@ def compile_entries(entries: Sequence[Entry], gpu: str, console: Console) -> Ite
     with console.status("") as status:
         for number, entry in enumerate(entries, 1):
             status.update(f"{entry.name} ({number} of {len(entries)})")
-            yield _compile(entry, gpu, mesh)
+            yield compile_entry(entry, gpu, mesh)
 
 
-def _compile(entry: Entry, gpu: str, mesh: jax.sharding.Mesh) -> Result:
+def compile_entry(entry: Entry, gpu: str, mesh: jax.sharding.Mesh) -> Result:
+    """Compiles it; whatever goes wrong becomes the result's error."""
     try:
         with jax.set_mesh(mesh):
             function, arguments = entry.build()
