@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from .gpu import GPUS, Gpu
-from .sass import Sass
+from .sass import TMA_LOADS, TMA_STORES, Sass
 
 # ptxas: setmaxnreg ignored (C7504), wgmma serialized (C7510 and on). Only this one says that nothing was lost.
 HARMLESS_NOTES = ("C7519",)  # a fence was put in before wgmma that takes registers
@@ -69,11 +69,11 @@ class Kernel:
 
     @property
     def tma_loads(self) -> int:
-        return self.sass.count("UTMALDG")
+        return self.sass.count(*TMA_LOADS)
 
     @property
     def tma_stores(self) -> int:
-        return self.sass.count("UTMASTG")
+        return self.sass.count(*TMA_STORES)
 
     def faults(self, pending: int = 0) -> list[str]:
         """What makes the kernel slow or wrong, a line each: spills, ptxas' notes, and the order of its waits.
@@ -91,7 +91,7 @@ class Kernel:
         return (
             f"{self.name}: {self.registers} registers (limits {limits}), {self.stack} B stack, {self.spill_stores} B "
             f"spill stores, {self.spill_loads} B spill loads, {self.shared_memory} B shared memory, {self.warpgroups} "
-            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} UTMALDG, {self.tma_stores} UTMASTG"
+            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} TMA loads, {self.tma_stores} TMA stores"
         )
 
 

@@ -143,13 +143,13 @@ def loop_table(results: Sequence[Result], gpu: str) -> Table:
     for name in ("program", "kernel", "round"):
         table.add_column(name)
     counted = {"HGMMA": ("HGMMA",), "MUFU": ("MUFU",), "FMA": ("FFMA", "FMUL", "FADD"), "FMNMX": ("FMNMX",)}
-    for name in ("all", *counted, "tensor", "issue", "MUFU", "FMA", "ALU", "bound TFLOP/s"):
+    for name in ("all", *counted, "tensor", "shared", "issue", "MUFU", "FMA", "ALU", "bound TFLOP/s"):
         table.add_column(name, justify="right")
     for result in results:
         for kernel in result.report.kernels if result.report else ():
             for name, cost in inner_loops(kernel):
                 numbers = [cost.counts.total(), *(sum(cost.counts[op] for op in ops) for ops in counted.values())]
-                cycles = [round(cost.tensor), cost.issue, cost.special, cost.fma, cost.alu]
+                cycles = [round(cost.tensor), round(cost.shared), cost.issue, cost.special, cost.fma, cost.alu]
                 rate = cost.bound(kernel.warpgroups - 1) * GPUS[gpu].flops / 1e12
                 table.add_row(result.entry.name, kernel.name, name, *map(str, numbers + cycles), f"{rate:.0f}")
     return table
@@ -178,7 +178,7 @@ def _kernel_record(kernel: aot.Kernel) -> dict[str, Any]:
         {
             "round": name,
             "instructions": dict(cost.counts.most_common()),
-            "cycles": {n: getattr(cost, n) for n in ("tensor", "issue", "special", "fma", "alu")},
+            "cycles": {n: getattr(cost, n) for n in ("tensor", "shared", "issue", "special", "fma", "alu")},
             "bound": cost.bound(kernel.warpgroups - 1),
         }
         for name, cost in inner_loops(kernel)
