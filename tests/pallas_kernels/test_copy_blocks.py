@@ -175,13 +175,9 @@ def mosaic_problem(shape, dtype):
     rng = np.random.default_rng(sum(shape))
     pages, cache = random_cache(rng, (2, num_blocks, *page), dtype)
     source, *targets = rng.permutation(num_blocks)[:3]
-    return (
-        pages,
-        cache,
-        np.array(
-            [(-1, 0), *((source, target) for target in targets), (0, -1), (num_blocks, 0), (0, num_blocks)], np.int32
-        ),
-    )
+    copies = [(source, target) for target in targets]
+    outside = [(num_blocks, 0), (0, num_blocks)]
+    return pages, cache, np.array([(-1, 0), *copies, (0, -1), *outside], np.int32)
 
 
 def is_wrong(module):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from attention_oracle import assert_as_exact
 from cache_oracle import assert_same_bits, bits, random_cache
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 from mosaic_interpreter import is_caught, mutant, without_races
 
@@ -246,6 +247,51 @@ def test_queries_and_keys_are_rotated_on_the_way(shape, dtype, implementation):
     run = partial(rotate_and_write_kv, implementation=implementation)
     result = without_races(run, *arguments) if implementation == "mosaic" else jax.jit(run)(*arguments)
     assert_rotated_and_written(result, problem, dtype)
+
+
+@pytest.mark.usefixtures("no_annotation_checks")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"query": jnp.zeros((2, 4, 6))}, "query must be [tokens, q_heads, head_dim] = float32 (2, q_heads, 8), got"),
+        ({"query": jnp.zeros((3, 4, 8))}, "query must be [tokens, q_heads, head_dim] = float32 (2, q_heads, 8), got"),
+        ({"query": jnp.zeros((2, 4, 8), jnp.bfloat16)}, "float32 (2, q_heads, 8), got bfloat16 (2, 4, 8)"),
+        ({"key": jnp.zeros((2, 3, 8))}, "rotate_and_write_kv: key must be [tokens, kv_heads, head_dim] = (2, 2, 8)"),
+        ({"cos": jnp.zeros((2, 8))}, "cos must be [tokens, head_dim / 2] = float32 (2, 4), got float32 (2, 8)"),
+        ({"sin": jnp.zeros((2, 4), jnp.bfloat16)}, "sin must be [tokens, head_dim / 2] = float32 (2, 4), got bfloat16"),
+        ({"layer": 3}, "rotate_and_write_kv: layer must be in [0, 3), got 3"),
+    ],
+)
+def test_bad_arguments_of_a_rotation_are_named_with_expected_and_actual(change, expected):
+    arguments = {"query": jnp.zeros((2, 4, 8)), "key": jnp.zeros((2, 2, 8)), "value": jnp.zeros((2, 2, 8)), "layer": 0}
+    arguments |= {"cos": jnp.zeros((2, 4)), "sin": jnp.zeros((2, 4))}
+    cache = KVCache.create(num_layers=3, num_blocks=5, block_size=4, num_kv_heads=2, head_dim=8)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        rotate_and_write_kv(cache, writes_to([0, 1]), **arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("operation", "K", "H", "reason"),
+    [
+        ("write_kv", 1, 6, "the heads of a token must be a multiple of 16 bytes, got 12"),
+        ("write_kv", 33, 72, "the heads of a token must be 256 rows of TMA or fewer, got (297, 8)"),
+        ("rotate_and_write_kv", 2, 72, "head_dim must be a multiple of 16 up to 256, got 72"),
+        ("rotate_and_write_kv", 2, 512, "head_dim must be a multiple of 16 up to 256, got 512"),
+    ],
+)
+def test_what_the_hopper_kernels_cannot_do_is_said(operation, K, H, reason):
+    """And taken over by XLA where nothing is asked for."""
+    problem = write_problem((2, 1, 1, K, H), np.float16)
+    _, cache, slots, new, angles = problem
+    arguments = new[1:] if operation == "write_kv" else (*new, *angles)
+    run = partial({"write_kv": write_kv, "rotate_and_write_kv": rotate_and_write_kv}[operation], cache)
+    with plgpu.force_gpu_interpret_mode():
+        with pytest.raises(NotImplementedError, match=re.escape(f"{operation}: mosaic cannot serve: {reason}")):
+            run(writes_to(slots), 1, *map(jnp.asarray, arguments), implementation="mosaic")
+        taken_over = run(writes_to(slots), 1, *map(jnp.asarray, arguments))
+    plain = run(writes_to(slots), 1, *map(jnp.asarray, arguments), implementation="xla")
+    for a, b in zip(jax.tree.leaves(taken_over), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
 
 
 def test_sharded_over_heads_each_card_writes_its_own():
