@@ -32,6 +32,8 @@ class ForwardConfig:
 
 def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> ForwardConfig:
     """The fastest that compiles without spills. head_dim: a multiple of 64."""
-    if head_dim <= 128:
-        return ForwardConfig()
-    return ForwardConfig(keys=64, warpgroups=2)
+    if head_dim > 128:
+        return ForwardConfig(keys=64, warpgroups=2)
+    if operands.block_mask is not None and operands.block_mask.block_kv % 128:
+        return ForwardConfig(keys=64)
+    return ForwardConfig()

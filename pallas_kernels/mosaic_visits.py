@@ -11,12 +11,12 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int32
 
+from .block_mask import BlockMask
 from .mosaic_common import Ref, Scalar
 from .tiles import TileRange, segment_tiles, tile_range
 
@@ -231,3 +231,17 @@ def _pick(ref: Ref, axis: int, index: Scalar) -> Scalar:
 
 def _clip(value: Scalar, low: Scalar, high: Scalar) -> Scalar:
     return lax.clamp(jnp.int32(low), jnp.int32(value), jnp.int32(high))
+
+
+def kept_tiles(
+    block_mask: BlockMask | None, own: Side, step: Side, *, transpose: bool = False
+) -> Bool[Array, "#N own step"] | None:
+    """The BlockMask tile by tile; transposed where the owning side is that of the keys."""
+    if block_mask is None:
+        return None
+    mask = block_mask.mask if block_mask.mask.ndim == 3 else block_mask.mask[None]
+    block_own, block_step = block_mask.block_q, block_mask.block_kv
+    if transpose:
+        mask, block_own, block_step = mask.swapaxes(1, 2), block_step, block_own
+    tiles = jnp.repeat(jnp.repeat(mask, block_own // own.tile, 1), block_step // step.tile, 2)
+    return tiles[:, : own.tiles, : step.tiles]
