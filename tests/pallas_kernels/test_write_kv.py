@@ -273,8 +273,8 @@ def test_bad_arguments_of_a_rotation_are_named_with_expected_and_actual(change, 
 @pytest.mark.parametrize(
     ("operation", "K", "H", "reason"),
     [
-        ("write_kv", 1, 6, "the heads of a token must be a multiple of 16 bytes, got 12"),
-        ("write_kv", 33, 72, "the heads of a token must be 256 rows of TMA or fewer, got (297, 8)"),
+        ("write_kv", 1, 6, "the heads of a token must be a multiple of 16 bytes up to 98304, got 12"),
+        ("write_kv", 100, 512, "the heads of a token must be a multiple of 16 bytes up to 98304, got 102400"),
         ("rotate_and_write_kv", 2, 72, "head_dim must be a multiple of 16 up to 256, got 72"),
         ("rotate_and_write_kv", 2, 512, "head_dim must be a multiple of 16 up to 256, got 512"),
     ],
@@ -318,9 +318,9 @@ def test_sharded_over_heads_each_card_writes_its_own():
 WRITE_MISTAKES = [
     ("plgpu.barrier_wait(full.at[i])", "pass"),
     ("plgpu.wait_smem_to_gmem(0)", "pass"),
-    ("(slot >= 0) &", ""),
+    ("& (slot >= 0)", ""),
     ("jnp.where(token < T, slots_ref[jnp.minimum(token, T - 1)], -1)", "slots_ref[jnp.minimum(token, T - 1)]"),
-    ('start = lax.axis_index("tile") * TOKENS', "start = 0 * TOKENS"),
+    ('start = lax.axis_index("tile") * count', "start = 0 * count"),
     ("[(tiles.at[i, token], ())]", "[(tiles.at[0, token], ())]"),
     ("layer_ref[0]", "0"),
 ]
