@@ -34,7 +34,7 @@ def tile_memory(*shape: int, dtype: jnp.dtype) -> Any:
     return for_wgmma if interpreted() else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), for_wgmma)
 
 
-def tile_views(memory: Ref) -> tuple[Ref, Ref]:
+def tile_views(memory: Ref) -> Any:  # JAX unpacks a RefUnion like a tuple of references
     """The views of a `tile_memory`: (for TMA, for wgmma and registers)."""
     return (memory, memory) if interpreted() else memory
 
