@@ -267,20 +267,22 @@ class _Block:
     def hide(self, s: Array, tile: Scalar, held: dict) -> Array:
         """Scores with -inf where a mask hides the key."""
         visits, spec, checks = self.launch.visits, self.launch.spec, []
-        row, column = positions(s.shape, 0), positions(s.shape, 1)
         # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the side
         # of the row, of which a thread has two, each comparison is with a constant.
+        column = positions(s.shape, 1)
         lane = column & 6
         column = column & ~6
         first = lax.optimization_barrier(tile * self.config.keys)
-        if spec.upper is not None:
-            checks.append(column <= row - lane + (self.start - first + spec.upper))
-        if spec.lower is not None:
-            checks.append(column >= row - lane + (self.start - first + spec.lower))
+        if (spec.lower, spec.upper) != (None, None):
+            row = positions(s.shape, 0) - lane
+            if spec.upper is not None:
+                checks.append(column <= row + (self.start - first + spec.upper))
+            if spec.lower is not None:
+                checks.append(column >= row + (self.start - first + spec.lower))
         if "key_lengths" in self.refs:
-            checks.append(column < self.refs["key_lengths"][self.b] - first - lane)
+            checks.append(column + lane < self.refs["key_lengths"][self.b] - first)
         elif visits.step.length % self.config.keys:
-            checks.append(column < visits.step.length - first - lane)
+            checks.append(column + lane < visits.step.length - first)
         if "segments" in held:
             place = (self.b, pl.ds(first, self.config.keys))
             of_keys = plgpu.load(self.refs["k_segments"].at[place], layout=WGMMA.reduce(0), optimized=False)
