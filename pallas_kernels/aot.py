@@ -175,9 +175,12 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
       gpu: "h100", "h200" or "b200".
       devices: several of them, made by `mesh`; in force (`jax.set_mesh`) while the function is traced.
 
-    Raises what tracing and compiling raise, and what `mesh` does.
+    Raises ValueError where `devices` are not that GPU, what `mesh` raises, and what tracing and compiling raise.
     """
     devices = mesh(gpu) if devices is None else devices
+    kind = devices.devices.flat[0].device_kind
+    if kind != GPUS[gpu].device_kind:
+        raise ValueError(f"devices: expected {GPUS[gpu].device_kind}, got {kind}")
     replicated = jax.sharding.NamedSharding(devices, jax.P())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:

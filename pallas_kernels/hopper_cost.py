@@ -17,9 +17,9 @@ TENSOR_FLOP = 4096  # a cycle and multiprocessor
 SHARED_BYTES = 128  # likewise
 OPERAND_BYTES = 2  # of an element of bfloat16 or float16
 # Cycles that a warp's instruction keeps a quarter's unit busy: 32 threads by results a cycle and quarter.
-SPECIAL = {"MUFU": 8}
-FMA = dict.fromkeys(("FFMA", "FMUL", "FADD"), 1) | {"IMAD": 2, "HFMA2": 1, "HADD2": 1, "HMUL2": 1}
-ALU = dict.fromkeys(
+SPECIAL: dict[str, int] = {"MUFU": 8}
+FMA: dict[str, int] = {"FFMA": 1, "FMUL": 1, "FADD": 1, "IMAD": 2, "HFMA2": 1, "HADD2": 1, "HMUL2": 1}
+ALU: dict[str, int] = dict.fromkeys(
     ("FMNMX", "FSEL", "FSETP", "F2FP", "ISETP", "IADD3", "IABS", "IMNMX", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SHF"),
     2,
 )

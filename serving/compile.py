@@ -28,7 +28,9 @@ class Result:
 
     @property
     def faults(self) -> list[str]:
-        return [self.error] if self.error or self.report is None else self.report.faults(self.entry.pending)
+        if self.error is not None:
+            return [self.error]
+        return self.report.faults(self.entry.pending) if self.report else []
 
     @property
     def matmul_time(self) -> float:

@@ -1,4 +1,4 @@
-"""The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a line or a function."""
+"""The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a few lines."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,9 +76,8 @@ def flash_entries(shape: Shape, name: str) -> Iterator[Entry]:
         return flash_attention(query, key, value, implementation="mosaic", **arrays, **static)
 
     def build_backward() -> Program:
-        def saved(*qkv_and_arrays):  # the gradient's function is a pytree of what forward saves for it
-            *qkv, arrays = qkv_and_arrays
-            return jax.vjp(lambda *qkv: forward(*qkv, arrays), *qkv)[1]
+        def saved(query, key, value, arrays):  # the gradient's function is a pytree of what forward saves for it
+            return jax.vjp(lambda q, k, v: forward(q, k, v, arrays), query, key, value)[1]
 
         return lambda gradient, dout: gradient(dout), (jax.eval_shape(saved, query, key, key, arrays), query)
 

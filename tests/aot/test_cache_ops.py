@@ -21,8 +21,6 @@ from pallas_kernels import (
     write_kv,
 )
 
-pytestmark = pytest.mark.aot
-
 LLAMA_3_8B = (32, 4096, 16, 8, 128)
 SHAPES = [
     LLAMA_3_8B,

@@ -44,7 +44,7 @@ def test_what_is_no_machine_code():
 
 
 def test_a_jump_to_nowhere():
-    with pytest.raises(ValueError, match="expected a jump to a label, got .*L_x_7"):
+    with pytest.raises(ValueError, match=r"expected a jump to a label, got .*L_x_7"):
         _ = sass("BRA `(.L_x_7)", "EXIT").blocks
 
 
