@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from .gpu import GPUS, Gpu
 from .sass import TMA_LOADS, TMA_STORES, Sass
@@ -204,13 +205,15 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Compiles for certain: a program from JAX's cache on disk says nothing of its kernels."""
+    """Leaves JAX's cache on disk alone: a program from there says nothing of its kernels, and cannot be loaded."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which asks the setting once and remembers
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextmanager
