@@ -57,11 +57,11 @@ endif
 	@$(PY) -m pip install -qq --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@rm .venv/incomplete && echo "$(CURDIR)" > $@
 
-# The CUDA plugin lives apart: next to JAX it would look for a card, in vain and aloud, wherever JAX starts.
+# The CUDA plugin lives apart, on top of .venv: in it, it would look for a card, in vain and aloud, wherever JAX starts.
+.venv-aot/ready: PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 .venv-aot/ready: .venv/ready
 	@echo "Installing the CUDA compiler into .venv-aot (about 0.6 GB, once)"
 	@rm -rf .venv-aot && $(PY) -m venv .venv-aot
-	@$(PY) -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
-	   > "$$($(PY_AOT) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@echo "import site; site.addsitedir('$$($(PY) $(PACKAGES))')" > "$$($(PY_AOT) $(PACKAGES))/venv.pth"
 	@$(PY_AOT) -m pip install -qq --disable-pip-version-check -e ".[aot]" -c constraints.txt
 	@touch $@
