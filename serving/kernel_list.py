@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,20 +99,15 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
     return seen * length - seen * (seen - 1) / 2
 
 
-def llama_cache() -> KVCache:
-    """The shapes of Llama-3-8B's cache, 4,096 blocks of 16 tokens."""
-    shape = LLAMA_3_8B
-    return jax.eval_shape(
-        lambda: KVCache.create(
-            num_layers=32, num_blocks=4096, block_size=16, num_kv_heads=shape.K, head_dim=shape.H, dtype=jnp.bfloat16
-        )
-    )
+def copy_entry(pairs: int = 64, layers: int = 32, block_size: int = 16) -> Entry:
+    """Copies of blocks of Llama-3-8B's cache, keys and values of all layers at once, in the donated cache."""
+    K, H = LLAMA_3_8B.K, LLAMA_3_8B.H
 
+    def build() -> Program:
+        create = partial(KVCache.create, num_layers=layers, num_blocks=4096, block_size=block_size, num_kv_heads=K)
+        cache = jax.eval_shape(lambda: create(head_dim=H, dtype=jnp.bfloat16))
+        copy = jax.jit(lambda cache, pairs: copy_blocks(cache, pairs, implementation="mosaic"), donate_argnums=0)
+        return copy, (cache, jax.ShapeDtypeStruct((pairs, 2), jnp.int32))
 
-def copy_entry(pairs: int = 64) -> Entry:
-    """Copies of blocks, all layers at once, in the donated cache."""
-    cache = llama_cache()
-    block_bytes = 2 * cache.keys.size // cache.num_blocks * cache.keys.dtype.itemsize  # keys and values, all layers
-    function = jax.jit(lambda cache, pairs: copy_blocks(cache, pairs, implementation="mosaic"), donate_argnums=0)
-    arguments = (cache, jax.ShapeDtypeStruct((pairs, 2), jnp.int32))
-    return Entry(f"copy-blocks llama-3-8b {pairs}-pairs", lambda: (function, arguments), 0, 2 * pairs * block_bytes)
+    block_bytes = 2 * layers * block_size * K * H * 2
+    return Entry(f"copy-blocks llama-3-8b {pairs}-pairs", build, flops=0, bytes=2 * pairs * block_bytes)
