@@ -1,4 +1,4 @@
-"""The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a line or a function."""
+"""The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a few lines."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BlockMask, flash_attention
+from pallas_kernels import BlockMask, KVCache, copy_blocks, flash_attention
 
 Program = tuple[Callable, tuple]  # a function, and pytrees of arrays or of their shapes as its arguments
 
@@ -46,9 +46,9 @@ HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in 
 
 def kernel_list() -> list[Entry]:
     """All entries, in the order of the printed table."""
-    return [*flash_entries(LLAMA_3_8B, "causal"), *flash_entries(GPT_2, "causal")] + [
-        entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)
-    ]
+    entries = [*flash_entries(LLAMA_3_8B, "causal"), *flash_entries(GPT_2, "causal")]
+    entries += [entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)]
+    return [*entries, copy_entry()]
 
 
 # The options of `flash_attention`, by what they ask for.
@@ -76,9 +76,8 @@ def flash_entries(shape: Shape, name: str) -> Iterator[Entry]:
         return flash_attention(query, key, value, implementation="mosaic", **arrays, **static)
 
     def build_backward() -> Program:
-        def saved(*qkv_and_arrays):  # the gradient's function is a pytree of what forward saves for it
-            *qkv, arrays = qkv_and_arrays
-            return jax.vjp(lambda *qkv: forward(*qkv, arrays), *qkv)[1]
+        def saved(query, key, value, arrays):  # the gradient's function is a pytree of what forward saves for it
+            return jax.vjp(lambda q, k, v: forward(q, k, v, arrays), query, key, value)[1]
 
         return lambda gradient, dout: gradient(dout), (jax.eval_shape(saved, query, key, key, arrays), query)
 
@@ -97,3 +96,22 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
         return length**2
     seen = options.get("local_window_size", (length - 1, 0))[0] + 1  # by the last row
     return seen * length - seen * (seen - 1) / 2
+
+
+def llama_cache() -> KVCache:
+    """The shapes of Llama-3-8B's cache, 4,096 blocks of 16 tokens."""
+    shape = LLAMA_3_8B
+    return jax.eval_shape(
+        lambda: KVCache.create(
+            num_layers=32, num_blocks=4096, block_size=16, num_kv_heads=shape.K, head_dim=shape.H, dtype=jnp.bfloat16
+        )
+    )
+
+
+def copy_entry(pairs: int = 64) -> Entry:
+    """Copies of blocks, all layers at once, in the donated cache."""
+    cache = llama_cache()
+    block_bytes = 2 * cache.keys.size // cache.num_blocks * cache.keys.dtype.itemsize  # keys and values, all layers
+    function = jax.jit(lambda cache, pairs: copy_blocks(cache, pairs, implementation="mosaic"), donate_argnums=0)
+    arguments = (cache, jax.ShapeDtypeStruct((pairs, 2), jnp.int32))
+    return Entry(f"copy-blocks llama-3-8b {pairs}-pairs", lambda: (function, arguments), 0, 2 * pairs * block_bytes)

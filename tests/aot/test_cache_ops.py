@@ -1,13 +1,11 @@
 """The kernels that write and copy cache blocks, compiled for an H100: no spills, the cache in place, one launch."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from pallas_kernels import (
@@ -21,8 +19,6 @@ from pallas_kernels import (
     write_kv,
 )
 
-pytestmark = pytest.mark.aot
-
 LLAMA_3_8B = (32, 4096, 16, 8, 128)
 SHAPES = [
     LLAMA_3_8B,
@@ -33,14 +29,6 @@ SHAPES = [
 ]
 DTYPES: list[Any] = [jnp.bfloat16, jnp.float16, jnp.float32]
 T, GROUP = 65, 4  # tokens, odd; query heads a kv head
-
-
-@pytest.fixture(autouse=True)
-def no_annotation_checks() -> Iterator[None]:
-    """For descriptions of arrays stand in their places."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def array(*shape, dtype: Any = jnp.bfloat16, sharding: Any = None) -> Any:
