@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BlockMask, flash_attention
+from pallas_kernels import BlockMask, KVCache, PagedBatch, copy_blocks, flash_attention, rotate_and_write_kv, write_kv
 
 Program = tuple[Callable, tuple]  # a function, and pytrees of arrays or of their shapes as its arguments
 
@@ -46,8 +46,12 @@ HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in 
 
 def kernel_list() -> list[Entry]:
     """All entries, in the order of the printed table."""
-    return [*flash_entries(LLAMA_3_8B, "causal"), *flash_entries(GPT_2, "causal")] + [
-        entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)
+    return [
+        *flash_entries(LLAMA_3_8B, "causal"),
+        *flash_entries(GPT_2, "causal"),
+        *cache_entries("decode", tokens=64),
+        *cache_entries("prefill", tokens=2048),
+        *(entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)),
     ]
 
 
@@ -97,3 +101,45 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
         return length**2
     seen = options.get("local_window_size", (length - 1, 0))[0] + 1  # by the last row
     return seen * length - seen * (seen - 1) / 2
+
+
+def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
+    """What a step of so many tokens does to the cache of Llama-3-8B: one layer's writes, copies of as many tokens."""
+    N, K, H = LLAMA_3_8B.N, LLAMA_3_8B.K, LLAMA_3_8B.H
+    L, num_blocks, block_size = 32, 4096, 16
+    pages = jax.ShapeDtypeStruct((L, num_blocks, block_size, K, H), jnp.bfloat16)
+    query, key = (jax.ShapeDtypeStruct((tokens, heads, H), jnp.bfloat16) for heads in (N, K))
+    angle = jax.ShapeDtypeStruct((tokens, H // 2), jnp.float32)
+    slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    pairs = jax.ShapeDtypeStruct((tokens // block_size, 2), jnp.int32)
+
+    def write(keys, values, slots, layer, key, value):
+        return write_kv(KVCache(keys, values), _writes_to(slots), layer, key, value, implementation="mosaic")
+
+    def rotate_and_write(keys, values, slots, layer, query, key, value, cos, sin):
+        cache, batch = KVCache(keys, values), _writes_to(slots)
+        return rotate_and_write_kv(cache, batch, layer, query, key, value, cos, sin, implementation="mosaic")
+
+    def copy(keys, values, pairs):
+        return copy_blocks(KVCache(keys, values), pairs, implementation="mosaic")
+
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    kv_bytes = 2 * 2 * K * H  # of a token, in one layer
+    for operation, function, arguments, moved in (
+        ("write-kv", write, (slots, layer, key, key), 2 * tokens * kv_bytes),
+        (
+            "rotate-and-write-kv",
+            rotate_and_write,
+            (slots, layer, query, key, key, angle, angle),
+            tokens * (2 * kv_bytes + 2 * 2 * N * H + 4 * H),
+        ),
+        ("copy-blocks", copy, (pairs,), 2 * tokens * kv_bytes * L),
+    ):
+        program = jax.jit(function, donate_argnums=(0, 1)), (pages, pages, *arguments)
+        yield Entry(f"{operation} llama-3-8b {name}", lambda program=program: program, 0.0, moved)
+
+
+def _writes_to(slots: jax.Array) -> PagedBatch:
+    """A batch of which only the slots matter."""
+    none = jnp.zeros(1, jnp.int32)
+    return PagedBatch(none[:, None], none, jnp.zeros(2, jnp.int32), slots, none[0], max_query_len=1)
