@@ -267,20 +267,24 @@ class _Block:
     def hide(self, s: Array, tile: Scalar, held: dict) -> Array:
         """Scores with -inf where a mask hides the key."""
         visits, spec, checks = self.launch.visits, self.launch.spec, []
-        row, column = positions(s.shape, 0), positions(s.shape, 1)
         # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the side
-        # of the row, of which a thread has two, each comparison is with a constant.
-        lane = column & 6
-        column = column & ~6
+        # of the limit, of which a thread has one or two, each comparison is with a constant.
+        column = positions(s.shape, 1)
+        lane, column = column & 6, column & ~6
         first = lax.optimization_barrier(tile * self.config.keys)
-        if spec.upper is not None:
-            checks.append(column <= row - lane + (self.start - first + spec.upper))
-        if spec.lower is not None:
-            checks.append(column >= row - lane + (self.start - first + spec.lower))
+        limits = []
         if "key_lengths" in self.refs:
-            checks.append(column < self.refs["key_lengths"][self.b] - first - lane)
+            limits.append(self.refs["key_lengths"][self.b] - 1 - first - lane)
         elif visits.step.length % self.config.keys:
-            checks.append(column < visits.step.length - first - lane)
+            limits.append(visits.step.length - 1 - first - lane)
+        if (spec.lower, spec.upper) != (None, None):
+            row = positions(s.shape, 0) - lane + (self.start - first)
+            if spec.upper is not None:
+                limits.append(row + spec.upper)
+            if spec.lower is not None:
+                checks.append(column >= row + spec.lower)
+        if limits:
+            checks.append(column <= functools.reduce(jnp.minimum, limits))
         if "segments" in held:
             place = (self.b, pl.ds(first, self.config.keys))
             of_keys = plgpu.load(self.refs["k_segments"].at[place], layout=WGMMA.reduce(0), optimized=False)

@@ -373,17 +373,18 @@ class _Block:
         step_start = tile * self.tiles.step
         lower, upper = launch.visits.band
         # A thread holds two positions of axis 0, which take all offsets, and sixteen or more of axis 1: those are made
-        # anew here, else they take up registers throughout.
-        own = self.positions(0) + (self.own_start - step_start)
-        step = broadcast(lax.optimization_barrier(self.positions(1)), shape, 1)
+        # anew here, else they take up registers throughout. And only where they are used: Mosaic finds no layout for
+        # a vector that is not.
+        own = functools.cache(lambda: self.positions(0) + (self.own_start - step_start))
+        step = functools.cache(lambda: broadcast(lax.optimization_barrier(self.positions(1)), shape, 1))
         checks = []
         if upper is not None:
-            checks.append(step <= broadcast(own + upper, shape, 0))
+            checks.append(step() <= broadcast(own() + upper, shape, 0))
         if lower is not None:
-            checks.append(step >= broadcast(own + lower, shape, 0))
+            checks.append(step() >= broadcast(own() + lower, shape, 0))
         if launch.visits.mask_tail:
             end = self.refs["key_lengths"][self.b] if "key_lengths" in self.refs else launch.visits.step.length
-            checks.append(step < end - step_start)
+            checks.append(step() < end - step_start)
         if "own_segments" in self.refs:
             places = (self.own_rows, pl.ds(step_start, self.tiles.step))
             own_segments, step_segments = (
