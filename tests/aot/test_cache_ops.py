@@ -149,6 +149,18 @@ def test_eight_cards_each_work_on_their_own_heads(operation):
     assert_in_place(report, LLAMA_3_8B, 2, devices=8)
 
 
+def test_outside_of_shard_map_no_card_gathers_the_cache():
+    """XLA cannot divide a kernel over cards, and so it does not get one."""
+    mesh = aot.mesh("h100", (8,), ("model",))
+    cache = cache_of(LLAMA_3_8B, sharding=jax.NamedSharding(mesh, jax.P(None, None, None, "model")))
+    for operation in OPERATIONS:
+        function, arguments = call_of(operation, LLAMA_3_8B, jnp.bfloat16)
+        report = aot.compile(jax.jit(function, donate_argnums=0), cache, *arguments, devices=mesh)
+        assert report.kernels == ()
+        assert not report.collectives()
+        assert report.memory.alias_size_in_bytes >= 2 * math.prod(LLAMA_3_8B) * 2 / 8
+
+
 def test_gathers_and_scatters_of_xla_copy_no_cache():
     cache, ids = cache_of(LLAMA_3_8B), array(16, dtype=jnp.int32)
     report = aot.compile(gather_blocks, cache, ids)
