@@ -166,7 +166,7 @@ def _signed(query: Array, spec: AttentionSpec) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    """Matmuls are fastest with no operand transposed: what they contract is last on their left and not on their right."""
+    """For matmuls, which are fastest where the left contracts its last axis and the right the one before."""
     return jnp.swapaxes(x, -2, -1)
 
 
