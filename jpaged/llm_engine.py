@@ -16,8 +16,8 @@ from .memory import num_blocks_that_fit
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .runner import Model, Runner, StepResult
 from .sampling_params import SamplingParams
-from .scheduler import Sample as ScheduledSample
 from .scheduler import Scheduler
+from .scheduler_output import Samples
 from .sequence import Sequence as TokenSequence
 from .sequence import SequenceGroup
 from .step_inputs import StepShape
@@ -189,7 +189,7 @@ class LLMEngine:
         try:
             with interrupts.held_back():
                 scheduled = self._scheduler.schedule()
-                self._to_report += scheduled.ended
+                self._to_report += [self._requests[request_id].group for request_id in scheduled.ended]
             if scheduled.num_tokens:
                 result = self._runner.execute(scheduled)
                 with interrupts.held_back():
@@ -265,7 +265,7 @@ class LLMEngine:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return None if self._tokenizer is None else self._tokenizer.stream(params.skip_special_tokens)
 
-    def _take(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
+    def _take(self, sampled: Samples, result: StepResult) -> None:
         """What the step sampled, into the requests: logprobs, text, and ends by stop strings."""
         now = time.monotonic()
         self._num_generated += len(sampled)
