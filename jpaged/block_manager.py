@@ -133,16 +133,23 @@ class BlockManager:
         if needed > self.num_blocks:
             return Allocation.NEVER
         _, hits = self._look_up(_token_ids(token_ids), _root(salt)) if use_cached else ([], [])
-        needed -= sum(self._device.ref_count(block) > 0 for block in hits)
+        needed -= len(hits) - self._device.num_free_of(hits)
         return Allocation.OK if needed + keep_free <= self.num_free_blocks else Allocation.LATER
 
     def allocate(
-        self, seq_id: int, token_ids: Sequence[int], *, salt: str | None = None, use_cached: bool = True
+        self,
+        seq_id: int,
+        token_ids: Sequence[int],
+        *,
+        salt: str | None = None,
+        use_cached: bool = True,
+        keep_free: int = 0,
     ) -> int:
         """Make room for all of a new sequence's tokens, and return how many of them are in the cache already.
 
         Those are whole blocks, and never all tokens: at least one is left to compute. They count as committed;
         `commit` takes the others in the order announced here. `use_cached=False` has all of them computed.
+        NoFreeBlocks where that would leave fewer than `keep_free` blocks free.
         """
         if seq_id in self._holdings:
             raise ValueError(f"seq_id: expected a sequence without blocks, got {seq_id}, which holds some")
@@ -151,11 +158,11 @@ class BlockManager:
         ids, root = _token_ids(token_ids), _root(salt)
         hashes, hits = self._look_up(ids, root) if use_cached else ([], [])
         num_new = self.blocks_for(len(ids)) - len(hits)
-        num_free = self.num_free_blocks - sum(self._device.ref_count(block) == 0 for block in hits)
-        if num_new > num_free:
-            raise NoFreeBlocks(f"{num_new} more blocks needed, {num_free} of {self.num_blocks} free")
-        for block in hits:  # before any block is taken, so that none of these is
-            self._device.hold(block)
+        num_free = self.num_free_blocks - self._device.num_free_of(hits)
+        if num_new + keep_free > num_free:
+            kept = f", {keep_free} to be kept free" if keep_free else ""
+            raise NoFreeBlocks(f"{num_new} more blocks needed, {num_free} of {self.num_blocks} free{kept}")
+        self._device.hold(hits)  # before any block is taken, so that none of these is
         self._holdings[seq_id] = _Holding(
             blocks=hits + self._device.take(num_new),
             length=len(ids),
@@ -177,7 +184,7 @@ class BlockManager:
         if n < 1:
             raise ValueError(f"n: expected at least 1, got {n}")
         length = holding.length + n
-        num_new = self.blocks_for(length) - len(holding.blocks)
+        num_new = -(-length // self.block_size) - len(holding.blocks)
         copies = []
         if holding.length % self.block_size:
             last = holding.blocks[-1]
@@ -240,8 +247,7 @@ class BlockManager:
             raise ValueError(f"length: expected 0 to {parent.length}, sequence {parent_id}'s room, got {length}")
         child = parent.copy(length, self.block_size)
         pool = self._host if parent.on_host else self._device
-        for block in child.blocks:
-            pool.hold(block)
+        pool.hold(child.blocks)
         self._holdings[child_id] = child
 
     def free(self, seq_id: int) -> None:
@@ -331,8 +337,7 @@ class BlockManager:
         moved = dict(zip(sources, target.take(len(sources)), strict=True))
         for holding in holdings:
             new = [moved[block] for block in holding.blocks]
-            for block in new:
-                target.hold(block)
+            target.hold(new)
             origin.drop(reversed(holding.blocks))
             holding.blocks = new
             holding.on_host = target is self._host
@@ -373,11 +378,12 @@ class BlockManager:
 
     def _publish(self, holding: _Holding) -> None:
         num_full = holding.committed // self.block_size
-        if num_full > len(holding.hashes):
-            self._extend_chain(holding.hashes, holding.token_ids, holding.root, num_full)
-        for index in range(holding.num_published, num_full):
-            self._device.publish(holding.blocks[index], holding.hashes[index])
-        holding.num_published = max(holding.num_published, num_full)
+        if num_full > holding.num_published:
+            if num_full > len(holding.hashes):
+                self._extend_chain(holding.hashes, holding.token_ids, holding.root, num_full)
+            for index in range(holding.num_published, num_full):
+                self._device.publish(holding.blocks[index], holding.hashes[index])
+            holding.num_published = num_full
 
 
 def _token_ids(token_ids: Sequence[int]) -> array[int]:

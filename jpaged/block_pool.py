@@ -29,7 +29,8 @@ class BlockPool:
         self._blank = list(range(num_blocks))[::-1]  # free and without a hash, next to be handed out last
         self._cached: OrderedDict[int, None] = OrderedDict()  # free and with a hash, next to be handed out first
         self._hashes: list[bytes | None] = [None] * num_blocks  # of the published, held or cached
-        self._blocks_of: dict[bytes, list[int]] = {}  # the inverse
+        self._block_of: dict[bytes, int] = {}  # the inverse
+        self._twins_of: dict[bytes, list[int]] = {}  # further blocks of the same hash
 
     @property
     def num_free(self) -> int:
@@ -39,8 +40,16 @@ class BlockPool:
         """How many hold the block."""
         return self._ref_counts[block]
 
+    def num_free_of(self, blocks: list[int]) -> int:
+        """How many of these nobody holds."""
+        return [self._ref_counts[block] for block in blocks].count(0)
+
     def take(self, n: int) -> list[int]:
         """`n` free blocks, now held once each."""
+        if n == 1 and self._blank:
+            block = self._blank.pop()
+            self._ref_counts[block] = 1
+            return [block]
         if n > self.num_free:
             raise NoFreeBlocks(f"{n} more blocks needed, {self.num_free} of {self.num_blocks} free")
         first = max(0, len(self._blank) - n)
@@ -55,11 +64,12 @@ class BlockPool:
             self._ref_counts[block] = 1
         return blocks
 
-    def hold(self, block: int) -> None:
-        """One more holder of a block that is held or cached."""
-        if self._ref_counts[block] == 0:
-            del self._cached[block]
-        self._ref_counts[block] += 1
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more holder of each of these, which are held or cached."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
 
     def drop(self, blocks: Iterable[int]) -> None:
         """One holder fewer of each; those without one are free, in the order given."""
@@ -77,7 +87,8 @@ class BlockPool:
         """The held block can be found by this hash from now on."""
         if self._hashes[block] is None:
             self._hashes[block] = content_hash
-            self._blocks_of.setdefault(content_hash, []).append(block)
+            if self._block_of.setdefault(content_hash, block) != block:
+                self._twins_of.setdefault(content_hash, []).append(block)
 
     def unpublish(self, block: int) -> None:
         """The held block can no longer be found."""
@@ -86,21 +97,27 @@ class BlockPool:
 
     def find(self, content_hash: bytes) -> int | None:
         """A block that was published with this hash."""
-        blocks = self._blocks_of.get(content_hash)
-        return blocks[0] if blocks else None
+        return self._block_of.get(content_hash)
 
     def forget_contents(self) -> None:
         """No block can be found any longer."""
         self._blank += reversed(self._cached)
         self._cached.clear()
         self._hashes = list(repeat(None, self.num_blocks))
-        self._blocks_of.clear()
+        self._block_of.clear()
+        self._twins_of.clear()
 
     def _forget(self, block: int) -> None:
         content_hash = self._hashes[block]
         assert content_hash is not None
         self._hashes[block] = None
-        blocks = self._blocks_of[content_hash]
-        blocks.remove(block)
-        if not blocks:
-            del self._blocks_of[content_hash]
+        twins = self._twins_of.get(content_hash)
+        if twins is None:
+            del self._block_of[content_hash]
+            return
+        if block in twins:
+            twins.remove(block)
+        else:
+            self._block_of[content_hash] = twins.pop()
+        if not twins:
+            del self._twins_of[content_hash]

@@ -77,11 +77,10 @@ class DecodeBatch:
 
     def due(self) -> list[tuple[SequenceGroup, Sequence, int]]:
         """Members that have no room for their next token, or compute none any more, with that token's position."""
-        due = np.flatnonzero(self.starts == self._state[1, : len(self)])
-        return [
-            (self._groups[i], self._sequences[i], start)
-            for i, start in zip(due.tolist(), self.starts[due].tolist(), strict=True)
-        ]
+        n = len(self._keys)
+        due = (self._state[0, :n] == self._state[1, :n]).nonzero()[0]
+        starts = self._state[0, due].tolist()
+        return [(self._groups[i], self._sequences[i], start) for i, start in zip(due.tolist(), starts, strict=True)]
 
     def grown(self, group: SequenceGroup, sequence: Sequence) -> None:
         """The member has room for `num_slots` tokens now."""
@@ -120,7 +119,7 @@ class DecodeBatch:
 
 
 def _key(group: SequenceGroup, sequence: Sequence) -> tuple[int, int, int]:
-    return group.priority, group.arrival, sequence.index
+    return *group.order, sequence.index
 
 
 def _end(group: SequenceGroup, sequence: Sequence) -> int:

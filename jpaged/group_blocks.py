@@ -3,7 +3,7 @@
 from array import array
 from typing import Literal
 
-from .block_manager import Allocation, BlockManager, NoFreeBlocks
+from .block_manager import BlockManager, NoFreeBlocks
 from .sequence import Sequence, SequenceGroup
 from .step_draft import StepDraft
 
@@ -49,17 +49,12 @@ class GroupBlocks:
         unfinished = group.unfinished()
         if group.is_forked and len(unfinished) > 1:
             return self._allocate_all(group, unfinished, keep_free)
-        token_ids = array("i", unfinished[0].token_ids)
-        room = self._blocks.can_allocate(
-            token_ids,
-            num_seqs=len(unfinished),
-            salt=group.cache_salt,
-            use_cached=not group.needs_prompt_logits,
-            keep_free=keep_free,
-        )
-        if room is not Allocation.OK:
+        if len(unfinished) > 1:  # room for their copies of the prompt's last block
+            keep_free += self.num_needed(group) - self._blocks.blocks_for(len(unfinished[0].token_ids))
+        try:
+            self._allocate(group, unfinished[0], keep_free)
+        except NoFreeBlocks:
             return False
-        self._allocate(group, unfinished[0], token_ids)
         return True
 
     def preempt(self, group: SequenceGroup, step: StepDraft) -> None:
@@ -79,6 +74,7 @@ class GroupBlocks:
             if sequence.num_slots:
                 self._blocks.free(sequence.seq_id)
             sequence.num_computed = sequence.num_slots = sequence.num_committed = 0
+            sequence.packed_ids = None
         group.is_swapped = False
 
     def _should_swap(self, holders: list[Sequence], seq_ids: list[int]) -> bool:
@@ -107,7 +103,7 @@ class GroupBlocks:
         try:
             for sequence, sibling, shared in self._plan(unfinished):
                 if sibling is None:
-                    self._allocate(group, sequence, array("i", sequence.token_ids))
+                    self._allocate(group, sequence, 0)
                 else:
                     self._blocks.fork(sibling.seq_id, sequence.seq_id, length=shared)
                     sequence.num_slots = sequence.num_computed = shared
@@ -119,12 +115,17 @@ class GroupBlocks:
             return False
         return True
 
-    def _allocate(self, group: SequenceGroup, sequence: Sequence, token_ids: array[int]) -> None:
+    def _allocate(self, group: SequenceGroup, sequence: Sequence, keep_free: int) -> None:
+        sequence.packed_ids = array("i", sequence.token_ids)
         num_cached = self._blocks.allocate(
-            sequence.seq_id, token_ids, salt=group.cache_salt, use_cached=not group.needs_prompt_logits
+            sequence.seq_id,
+            sequence.packed_ids,
+            salt=group.cache_salt,
+            use_cached=not group.needs_prompt_logits,
+            keep_free=keep_free,
         )
         sequence.num_computed = sequence.num_committed = num_cached
-        sequence.num_slots = len(token_ids)
+        sequence.num_slots = len(sequence.token_ids)
 
     def _plan(self, sequences: list[Sequence]) -> list[tuple[Sequence, Sequence | None, int]]:
         """For each sequence, the one before it with which it shares the most, and the tokens of the blocks shared."""

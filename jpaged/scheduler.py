@@ -1,5 +1,6 @@
 """Which tokens of which sequences the next step computes: first come first served, latest preempted first."""
 
+from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Items
@@ -179,7 +180,7 @@ class Scheduler:
                 f"beam_width: expected at least 1, and one sequence to begin with, got {group.beam_width} "
                 f"and {len(group.sequences)}"
             )
-        group.arrival = self._num_added
+        group.order = group.priority, self._num_added
         group.is_forked = len(group.sequences) == 1
         self._num_added += 1
         self._groups[group.request_id] = group
@@ -292,13 +293,15 @@ class Scheduler:
         What those steps were to write is found by nobody. Where the cache is lost, `preempt_all` is due after this.
         """
         groups = {group.request_id: group for flight in self._in_flight for group in flight.moved}
+        in_flight = {s.seq_id: (group, s) for flight in self._in_flight for group, s in flight.ended} | self._members
         starts: dict[int, int] = {}
         for flight in reversed(self._in_flight):
-            sequences = flight.output.sequences
+            sequences, samples = flight.output.sequences, flight.output.samples
+            starts.update(dict.fromkeys(samples.seq_ids, 0))  # who forks from a prompt that is in the step
             starts.update(zip(sequences.seq_ids, sequences.starts.tolist(), strict=True))
         for seq_id, start in starts.items():
-            if seq_id in self._members:
-                group, sequence = self._members[seq_id]
+            if seq_id in in_flight:
+                group, sequence = in_flight[seq_id]
                 groups[group.request_id] = group
                 if sequence.num_slots and not group.is_swapped:
                     self._blocks.truncate(seq_id, start)
@@ -376,7 +379,8 @@ class Scheduler:
                     return False
             else:
                 sequence.num_slots += n
-                step.copy(group, sequence, copies)
+                if copies:
+                    step.copy(group, sequence, copies)
                 if sequence.row is not None and (copies or start % self._block_size == 0):
                     first = start // self._block_size
                     step.update_table(sequence, first, self._blocks.block_table(sequence.seq_id, first))
@@ -446,12 +450,14 @@ class Scheduler:
                 self._decodes.add(group, each)
 
     def _compute(self, sequence: Sequence, n: int, step: StepDraft) -> None:
+        """The next `n` known tokens are in the step."""
+        if sequence.packed_ids is None:
+            sequence.packed_ids = array("i", sequence.token_ids)
         step.compute(sequence, n)
-        self._commit(sequence, sequence.num_computed)
-
-    def _commit(self, sequence: Sequence, end: int) -> None:
-        self._blocks.commit(sequence.seq_id, sequence.token_ids[sequence.num_committed : end])
-        sequence.num_committed = end
+        self._blocks.commit(sequence.seq_id, sequence.packed_ids[sequence.num_committed : sequence.num_computed])
+        sequence.num_committed = sequence.num_computed
+        if sequence.num_computed == len(sequence.packed_ids):
+            sequence.packed_ids = None
 
     # A request's comings and goings.
 
@@ -608,7 +614,8 @@ class Scheduler:
             for i, start in zip(full.tolist(), starts[full].tolist(), strict=True):
                 sequence = columns.sequences[i]
                 if sequence.num_slots and sequence.finish_reason is None:
-                    self._commit(sequence, start + 1)
+                    self._blocks.commit(sequence.seq_id, sequence.token_ids[sequence.num_committed : start + 1])
+                    sequence.num_committed = start + 1
         done = np.flatnonzero(starts + 2 >= columns.max_lens).tolist()
         if not columns.stop_token_ids.isdisjoint(token_ids):
             done += [i for i, token_id in enumerate(token_ids) if token_id in columns.stop_token_ids]

@@ -1,5 +1,6 @@
 """One sample's tokens (`Sequence`) and the request it belongs to (`SequenceGroup`)."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +28,7 @@ class Sequence:
     num_computed: int = field(default=0, init=False)  # tokens in the cache; not kept up while in the DecodeBatch
     num_slots: int = field(default=0, init=False)  # tokens that its blocks have room for; 0: it holds none
     num_committed: int = field(default=0, init=False)  # tokens committed to the BlockManager
+    packed_ids: array[int] | None = field(default=None, init=False)  # token_ids, while they are being computed
     is_decoding: bool = field(default=False, init=False)  # a member of the DecodeBatch
     row: int | None = field(default=None, init=False)  # in the runner's state, as long as the sequence runs
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -65,17 +67,12 @@ class SequenceGroup:
     keeps_prefix: bool = False  # the blocks that its prompt fills stay held until Scheduler.release_prefix
 
     # Written by the Scheduler alone.
-    arrival: int = field(default=0, init=False)  # how many came before
+    order: tuple[int, int] = field(default=(0, 0), init=False)  # priority, arrival: the lower is served first
     spare_rows: list[int] = field(default_factory=list, init=False)  # for sequences that are still to be forked
     is_forked: bool = field(default=True, init=False)  # else the first sequence computes the prompt of all
     is_swapped: bool = field(default=False, init=False)  # its blocks are on the host
     error: str | None = field(default=None, init=False)  # why the sequences ended with "error"
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt, found when first admitted
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Lower is served first and preempted last."""
-        return self.priority, self.arrival
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still want tokens, in order of their index."""

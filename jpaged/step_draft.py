@@ -1,5 +1,6 @@
 """A SchedulerOutput in the making."""
 
+from array import array
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,7 +21,7 @@ class StepDraft:
         self.sampled: list[Sequence] = []  # after the decodes, in order of the samples
         self.has_preempted = False
         self._decodes = NO_DECODES, _int32(())
-        self._known: list[tuple[Sequence, int, int]] = []  # start and end of tokens whose ids are known
+        self._known: list[tuple[Sequence, int, array[int]]] = []  # from which position on, and which tokens
         self._samples: list[tuple[Sequence, list[Sequence]]] = []  # whose last token, and for whom
         self._new_rows: list[NewRow] = []
         self._table_updates: dict[int, TableUpdate] = {}  # by seq_id
@@ -35,9 +36,10 @@ class StepDraft:
 
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         """The sequence computes its next known tokens."""
+        assert sequence.packed_ids is not None
         start = sequence.num_computed
         sequence.num_computed += num_tokens
-        self._known.append((sequence, start, start + num_tokens))
+        self._known.append((sequence, start, sequence.packed_ids[start : sequence.num_computed]))
         self.budget -= num_tokens
 
     def sample(self, after: Sequence, sequences: list[Sequence]) -> None:
@@ -85,7 +87,7 @@ class StepDraft:
 
     def output(self) -> SchedulerOutput:
         """The step, and in `sampled` whose tokens the samples after the decodes are."""
-        known = sorted(self._known, key=lambda item: item[2] - item[1] > 1)  # those of one token first
+        known = sorted(self._known, key=lambda item: len(item[2]) > 1)  # those of one token first
         sequences = self._sequences(known)
         return SchedulerOutput(
             new_rows=tuple(self._new_rows),
@@ -98,10 +100,10 @@ class StepDraft:
             ended=tuple(self.ended),
         )
 
-    def _sequences(self, known: list[tuple[Sequence, int, int]]) -> ScheduledSequences:
-        items = [(sequence.seq_id, sequence.row, start, end - start) for sequence, start, end in known]
+    def _sequences(self, known: list[tuple[Sequence, int, array[int]]]) -> ScheduledSequences:
+        items = [(sequence.seq_id, sequence.row, start, len(ids)) for sequence, start, ids in known]
         seq_ids, rows, starts, lengths = zip(*items, strict=True) if items else ((),) * 4
-        token_ids = [token_id for sequence, start, end in known for token_id in sequence.token_ids[start:end]]
+        token_ids = np.frombuffer(b"".join([ids.tobytes() for _, _, ids in known]), np.int32)
         columns, decode_starts = self._decodes
         n = len(decode_starts)
         if not known:
@@ -112,15 +114,15 @@ class StepDraft:
             np.concatenate([decode_starts, _int32(starts)]),
             np.concatenate([columns.ones, _int32(lengths)]),
             n,
-            _int32(token_ids),
+            token_ids,
         )
 
-    def _take_samples(self, known: list[tuple[Sequence, int, int]]) -> Samples:
+    def _take_samples(self, known: list[tuple[Sequence, int, array[int]]]) -> Samples:
         columns, _ = self._decodes
         index = len(columns.seq_ids) - 1
         last_token = {}
-        for sequence, start, end in known:
-            index += end - start
+        for sequence, _, ids in known:
+            index += len(ids)
             last_token[sequence.seq_id] = index
         self.sampled = [sequence for _, sequences in self._samples for sequence in sequences]
         seq_ids = tuple([sequence.seq_id for sequence in self.sampled])

@@ -7,6 +7,7 @@ out, a block written too early or a row left over from someone else is found whe
 
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,6 +61,14 @@ class Pool:
         self.tokens[:] = self.checksums[:] = -1
 
 
+class StepRun(NamedTuple):
+    """What a step brought."""
+
+    token_ids: list[int]  # the samples
+    seen: list[int]  # for each of them, the checksum of the tokens before it
+    slots: list[tuple[int, int]]  # written, as block and offset
+
+
 class FakeRunner:
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self.block_size = block_size
@@ -68,8 +77,7 @@ class FakeRunner:
         self.tables: dict[int, list[int]] = {}
         self.last_samples: dict[int, int] = {}
 
-    def execute(self, output: SchedulerOutput) -> tuple[list[int], list[int]]:
-        """The step's samples, and the checksum of the tokens that each of them saw."""
+    def execute(self, output: SchedulerOutput) -> StepRun:
         for new_row in output.new_rows:
             self.occupants[new_row.row] = new_row
             self.tables[new_row.row] = []
@@ -80,7 +88,7 @@ class FakeRunner:
         self.host.copy_from(self.device, output.swap_out)
         self.device.copy_from(self.host, output.swap_in)
         self.device.copy_from(self.device, output.copies)
-        self._forward(output)
+        slots = self._forward(output)
         position_of = [s.start + i for s in output.sequences for i in range(s.num_tokens)]
         token_ids, seen = [], []
         for seq_id, row, token_index in output.samples:
@@ -90,7 +98,7 @@ class FakeRunner:
             token_ids.append(next_token(occupant.seed, occupant.sample_index, seen[-1]))
         for (_, row, _), token_id in zip(output.samples, token_ids, strict=True):
             self.last_samples[row] = token_id
-        return token_ids, seen
+        return StepRun(token_ids, seen, slots)
 
     def check(self, row: int, num_tokens: int) -> int:
         """The checksum of the row's first tokens, each of which must have been computed after those before it."""
@@ -101,18 +109,18 @@ class FakeRunner:
             assert stored == seen, f"row {row} attends to a token that was computed after others than those before it"
         return seen
 
-    def _forward(self, output: SchedulerOutput) -> None:
+    def _forward(self, output: SchedulerOutput) -> list[tuple[int, int]]:
         # Every token is written before any attends, so that the blocks of others in the same step can be read.
-        slots_written = []
+        slots = []
         for seq_id, row, start, num_tokens, token_ids in output.sequences:
             assert self.occupants[row].seq_id == seq_id
             token_ids = (self.last_samples[row],) if token_ids is None else token_ids
             assert len(token_ids) == num_tokens > 0
             for position, token_id in enumerate(token_ids, start):
                 block, offset = divmod(position, self.block_size)
-                slots_written.append((self.tables[row][block], offset))
-                self.device.tokens[slots_written[-1]] = token_id
-        assert len(set(slots_written)) == len(slots_written) == output.num_tokens
+                slots.append((self.tables[row][block], offset))
+                self.device.tokens[slots[-1]] = token_id
+        assert len(set(slots)) == len(slots) == output.num_tokens
         for _, row, start, num_tokens, _ in output.sequences:
             tokens = self._shown(row, start + num_tokens)[0].tolist()
             seen = checksum_of(tokens[:start])
@@ -122,6 +130,7 @@ class FakeRunner:
                 self.device.checksums[self.tables[row][block], offset] = seen
         for _, row, start, num_tokens, _ in output.sequences:
             self.check(row, start + num_tokens)
+        return slots
 
     def _shown(self, row: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         table = self.tables[row][: -(-num_tokens // self.block_size)]

@@ -4,7 +4,7 @@ from collections import deque
 from itertools import count
 from typing import NamedTuple
 
-from host_model import STOP, FakeRunner, candidates, checksum, checksum_of, next_token
+from host_model import STOP, FakeRunner, StepRun, candidates, checksum, checksum_of, next_token
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -69,7 +69,7 @@ class World:
         self.live: dict[str, SequenceGroup] = {}
         self.over: list[SequenceGroup] = []
         self.costs: dict[int, int] = {}  # of beams, by seq_id
-        self.in_flight: deque[tuple[SchedulerOutput, list[int], list[int]]] = deque()
+        self.in_flight: deque[tuple[SchedulerOutput, StepRun]] = deque()
 
     def add(self, prompt, *, n=1, beam_width=None, max_tokens=8, min_tokens=0, **options):
         seq_ids = [next(self.ids) for _ in range(n)]
@@ -94,14 +94,14 @@ class World:
         self.check_output(output)
         has_moved_on = output.num_tokens or output.ended or self.scheduler.num_preemptions > num_preempted
         assert has_moved_on or self.in_flight or not self.live
-        self.in_flight.append((output, *self.runner.execute(output)))
+        self.in_flight.append((output, self.runner.execute(output)))
 
     def update(self):
-        output, token_ids, seen = self.in_flight.popleft()
-        updated = self.scheduler.update(output, token_ids)
+        output, run = self.in_flight.popleft()
+        updated = self.scheduler.update(output, run.token_ids)
         assert len({group.request_id for group in updated}) == len(updated)
         assert {group.request_id for group in updated} <= set(self.live)
-        saw = dict(zip(output.samples.seq_ids, seen, strict=True))
+        saw = dict(zip(output.samples.seq_ids, run.seen, strict=True))
         for group in updated:
             if group.beam_width is not None and group.unfinished():
                 self.continue_beams(group, saw)
@@ -137,13 +137,11 @@ class World:
 
     def fail(self):
         """The steps in flight, or those of them that have not run, wrote nothing that counts."""
-        in_flight = {seq_id for output, _, _ in self.in_flight for seq_id in output.sequences.seq_ids}
+        in_flight = {seq_id for output, _ in self.in_flight for seq_id in output.sequences.seq_ids}
         expected = {g.request_id for g in self.live.values() for s in g.unfinished() if s.seq_id in in_flight}
-        for output, _, _ in self.in_flight:
-            for s in output.sequences:
-                for position in range(s.start, s.start + s.num_tokens):
-                    block, offset = divmod(position, self.blocks.block_size)
-                    self.runner.device.tokens[self.runner.tables[s.row][block], offset] = -1
+        for output, run in self.in_flight:
+            for slot in run.slots:
+                self.runner.device.tokens[slot] = -1
             self.runner.device.tokens[[dst for _, dst in (*output.copies, *output.swap_in)]] = -1
             self.runner.host.tokens[[dst for _, dst in output.swap_out]] = -1
         failed = self.scheduler.fail("the device is out of memory")
