@@ -1,6 +1,7 @@
 """Which blocks of the cache hold which sequence: the block tables, on the host."""
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -110,7 +111,7 @@ class BlockManager:
         self._host = BlockPool(num_host_blocks, keeps_contents=False)
         self._holdings: dict[int, _Holding] = {}
         self._reserved: set[int] = set()  # sequences whose blocks can be found even without prefix caching
-        # A request at the head of the queue is asked for again and again: the last chain is kept.
+        # The last prompt looked up: that at the head of the queue is asked for again and again, and others begin alike.
         self._last_chain = _token_ids(()), b"", list[bytes]()
 
     def can_allocate(
@@ -169,7 +170,7 @@ class BlockManager:
             token_ids=ids,
             root=root,
             committed=len(hits) * self.block_size,
-            hashes=list(hashes),
+            hashes=hashes[:],
             num_published=len(hits),
         )
         return len(hits) * self.block_size
@@ -215,10 +216,14 @@ class BlockManager:
                 f"token_ids: expected at most {holding.length - start}, sequence {seq_id}'s room, got {len(token_ids)}"
             )
         new = _token_ids(token_ids)
-        announced = holding.token_ids[start:end]
-        if announced != new[: len(announced)]:
-            raise ValueError(f"token_ids: expected {announced.tolist()}, which allocate announced, got {new.tolist()}")
-        holding.token_ids.extend(new[len(announced) :])
+        if start < len(holding.token_ids):
+            announced = holding.token_ids[start:end]
+            if announced != new[: len(announced)]:
+                raise ValueError(
+                    f"token_ids: expected {announced.tolist()}, which allocate announced, got {new.tolist()}"
+                )
+            new = new[len(announced) :]
+        holding.token_ids.extend(new)
         holding.committed = end
         if self.prefix_caching and not holding.on_host:
             self._publish(holding)
@@ -320,7 +325,7 @@ class BlockManager:
             raise UnknownSequence(f"seq_id: expected a sequence that holds blocks, got {seq_id}") from None
 
     def _find_on_device(self, seq_id: int) -> _Holding:
-        holding = self._find(seq_id)
+        holding = self._holdings.get(seq_id) or self._find(seq_id)
         if holding.on_host:
             raise ValueError(f"seq_id: expected a sequence on the device, got {seq_id}, which is swapped out")
         return holding
@@ -359,21 +364,25 @@ class BlockManager:
         return hashes, hits
 
     def _chain(self, token_ids: array[int], root: bytes) -> list[bytes]:
-        last_ids, last_root, hashes = self._last_chain
-        if last_root != root or last_ids != token_ids:
-            hashes = []
-            self._extend_chain(hashes, token_ids, root, len(token_ids) // self.block_size)
-            self._last_chain = token_ids[:], root, hashes
+        """The hashes of all full blocks. What is known from the call before is not hashed again."""
+        last_ids, last_root, last_hashes = self._last_chain
+        size = self.block_size
+        num_full = len(token_ids) // size
+        num_same = 0
+        if root == last_root:
+            lengths = range(size, min(num_full, len(last_hashes)) * size + 1, size)
+            num_same = bisect_left(lengths, True, key=lambda n: token_ids[:n] != last_ids[:n])
+        hashes = last_hashes[:num_same]
+        self._extend_chain(hashes, token_ids, root, num_full)
+        self._last_chain = token_ids[:], root, hashes
         return hashes
 
     def _extend_chain(self, hashes: list[bytes], token_ids: array[int], root: bytes, num_full: int) -> None:
         """Append the hashes of the blocks up to `num_full` that are not yet in `hashes`."""
-        first = len(hashes) * self.block_size
-        packed = token_ids[first : num_full * self.block_size].tobytes()
+        size = self.block_size
         parent = hashes[-1] if hashes else root
-        size = self.block_size * token_ids.itemsize
-        for start in range(0, len(packed), size):
-            parent = sha256(parent + packed[start : start + size]).digest()
+        for start in range(len(hashes) * size, num_full * size, size):
+            parent = sha256(parent + token_ids[start : start + size].tobytes()).digest()
             hashes.append(parent)
 
     def _publish(self, holding: _Holding) -> None:

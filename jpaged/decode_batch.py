@@ -75,16 +75,21 @@ class DecodeBatch:
         self._state[:, i : n - 1] = self._state[:, i + 1 : n]
         self._columns = None
 
-    def due(self) -> list[tuple[SequenceGroup, Sequence, int]]:
-        """Members that have no room for their next token, or compute none any more, with that token's position."""
+    def due(self) -> list[tuple[SequenceGroup, Sequence, int, int]]:
+        """Members that have no room for their next token, or compute none any more.
+
+        With that token's position, and each one's place in the batch.
+        """
         n = len(self._keys)
         due = (self._state[0, :n] == self._state[1, :n]).nonzero()[0]
         starts = self._state[0, due].tolist()
-        return [(self._groups[i], self._sequences[i], start) for i, start in zip(due.tolist(), starts, strict=True)]
+        return [(self._groups[i], self._sequences[i], start, i) for i, start in zip(due.tolist(), starts, strict=True)]
 
-    def grown(self, group: SequenceGroup, sequence: Sequence) -> None:
-        """The member has room for `num_slots` tokens now."""
-        self._state[1, bisect_left(self._keys, _key(group, sequence))] = _end(group, sequence)
+    def grown(self, group: SequenceGroup, sequence: Sequence, place: int) -> None:
+        """The member, whose place was `place` unless some have left since, has room for `num_slots` tokens now."""
+        if place >= len(self) or self._sequences[place] is not sequence:
+            place = bisect_left(self._keys, _key(group, sequence))
+        self._state[1, place] = _end(group, sequence)
 
     def advance(self, budget: int, left_out: set[int]) -> tuple[DecodeColumns, Int32[np.ndarray, " R"]]:
         """Those that compute a token now, and its positions: at most `budget` members, none of `left_out`'s ids."""

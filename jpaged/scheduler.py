@@ -337,12 +337,12 @@ class Scheduler:
         Returns the beam searches that go on in this step, and the ids of decodes that cannot.
         """
         beams = [group for group in self._beams if all(s.num_computed < len(s.token_ids) for s in group.unfinished())]
-        due = [(group, sequence, start) for group, sequence, start in self._decodes.due()]
+        due = self._decodes.due()
         if beams:
-            due += [(group, s, s.num_computed) for group in beams for s in group.unfinished()]
+            due += [(group, s, s.num_computed, -1) for group in beams for s in group.unfinished()]
             due.sort(key=lambda item: item[0].order)
         left_out: set[int] = set()
-        for group, sequence, start in due:
+        for group, sequence, start, place in due:
             if group.is_swapped or not sequence.num_slots or sequence.finish_reason:
                 continue  # preempted for one of those before, or ended
             if group.beam_width is not None:
@@ -351,7 +351,7 @@ class Scheduler:
             elif start == group.max_len - 1:
                 self._decodes.discard(group, sequence)  # its last token is sampled already
             elif self._grow(group, sequence, start, self._block_size - start % self._block_size, step):
-                self._decodes.grown(group, sequence)
+                self._decodes.grown(group, sequence, place)
             else:
                 left_out.add(sequence.seq_id)
         beams = [
