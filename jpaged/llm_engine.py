@@ -16,8 +16,8 @@ from .memory import num_blocks_that_fit
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .runner import Model, Runner, StepResult
 from .sampling_params import SamplingParams
-from .scheduler import Sample as ScheduledSample
 from .scheduler import Scheduler
+from .scheduler_output import Samples
 from .sequence import Sequence as TokenSequence
 from .sequence import SequenceGroup
 from .step_inputs import StepShape
@@ -189,13 +189,16 @@ class LLMEngine:
         try:
             with interrupts.held_back():
                 scheduled = self._scheduler.schedule()
-                self._to_report += scheduled.ended
+                self._to_report += [self._requests[request_id].group for request_id in scheduled.ended]
             if scheduled.num_tokens:
                 result = self._runner.execute(scheduled)
                 with interrupts.held_back():
-                    self._count_slots(scheduled.num_tokens)
+                    self._count_slots()
                     self._to_report += self._scheduler.update(scheduled, result.token_ids)
                     self._take(scheduled.samples, result)
+            else:
+                with interrupts.held_back():
+                    self._scheduler.update(scheduled, [])
         except BaseException:
             with interrupts.held_back():
                 self._scheduler.preempt_all()
@@ -265,7 +268,7 @@ class LLMEngine:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return None if self._tokenizer is None else self._tokenizer.stream(params.skip_special_tokens)
 
-    def _take(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
+    def _take(self, sampled: Samples, result: StepResult) -> None:
         """What the step sampled, into the requests: logprobs, text, and ends by stop strings."""
         now = time.monotonic()
         self._num_generated += len(sampled)
@@ -286,11 +289,12 @@ class LLMEngine:
                 if sequence.finish_reason is None:
                     self._scheduler.finish(seq_id, "stop")
 
-    def _count_slots(self, num_tokens: int) -> None:
-        """Counts the step's blocks: before the update, which commits its tokens and frees what has ended."""
+    def _count_slots(self) -> None:
+        """Counts the step's blocks: before the update, which frees what has ended."""
         self._num_steps += 1
-        self._held_slots += self._blocks.num_held_slots
-        self._used_slots += self._blocks.num_used_slots + num_tokens
+        held = (self._blocks.num_blocks - self._blocks.num_free_blocks) * self._blocks.block_size
+        self._held_slots += held
+        self._used_slots += held - self._scheduler.num_unused_slots
         self._peak_blocks = max(self._peak_blocks, self._blocks.num_blocks - self._blocks.num_free_blocks)
 
     def _output(self, request: _Request) -> RequestOutput:

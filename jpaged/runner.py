@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import KVCache, PagedBatch
 
 from .sampler import SamplingBatch, logprobs_of, sample, sampling_keys, top_logprobs
-from .scheduler import SchedulerOutput
+from .scheduler_output import SchedulerOutput
 from .step_inputs import StepBuilder, StepInputs, StepShape
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt32
 
-from .scheduler import SchedulerOutput
+from .scheduler_output import SchedulerOutput
 
 MIN_PREFILL_TOKENS = 16
 MIN_SEQS = 8
@@ -82,22 +82,20 @@ class StepBuilder:
         """Takes in what changed of the rows, and returns the step, which must have tokens."""
         self._update_rows(output)
         sequences, n = output.sequences, output.num_tokens
-        row, start, lens = np.array([(s.row, s.start, s.num_tokens) for s in sequences], np.int32).T
+        row, start, lens = sequences.rows, sequences.starts, sequences.lengths
         is_decode = bool(lens.max() == 1)
-        T, R = self._padded(n, len(sequences), is_decode)
+        T, R = self._padded(n, max(len(sequences), len(output.samples)), is_decode)
 
         ends = np.cumsum(lens, dtype=np.int32)
         of_token = np.repeat(np.arange(len(sequences)), lens)  # each token's sequence
         position = np.arange(n, dtype=np.int32) + (start + lens - ends)[of_token]
         token_ids = np.zeros(T, np.int32)
-        for sequence, end in zip(sequences, ends.tolist(), strict=True):
-            ids = -1 - sequence.row if sequence.token_ids is None else sequence.token_ids
-            token_ids[end - sequence.num_tokens : end] = ids
+        token_ids[: sequences.num_sampled] = -1 - row[: sequences.num_sampled]
+        token_ids[sequences.num_sampled : n] = sequences.token_ids
         block, offset = np.divmod(position, self._block_size)
         slot = self._tables[row[of_token], block] * self._block_size + offset
 
-        sample_row = np.array([sample.row for sample in output.samples], np.intp)
-        token_index = np.array([sample.token_index for sample in output.samples], np.intp)
+        sample_row, token_index = output.samples.rows, output.samples.token_indices
         sample_position = position[token_index] + 1
         asked = self._rows[sample_row]
         suppressed = self._suppressed(sample_row, sample_position, asked, R)
@@ -109,8 +107,8 @@ class StepBuilder:
             query_starts=_pad(np.append(np.int32(0), ends), R + 1, n),
             slot_mapping=_pad(slot, T, -1),
             num_decodes=np.array((lens == 1).sum(), np.int32),
-            token_index=_pad(token_index.astype(np.int32), R),
-            rows=_pad(sample_row.astype(np.int32), R, self._max_num_seqs),
+            token_index=_pad(token_index, R),
+            rows=_pad(sample_row, R, self._max_num_seqs),
             sample_positions=_pad(sample_position, R),
             sample_index=_pad(asked["sample_index"], R),
             seed=_pad(asked["seed"], R),

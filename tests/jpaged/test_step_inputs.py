@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from jpaged.sampling_params import SamplingParams
-from jpaged.scheduler import NewRow, Sample, ScheduledSequence, SchedulerOutput, TableUpdate
+from jpaged.scheduler_output import (
+    NewRow,
+    Sample,
+    Samples,
+    ScheduledSequence,
+    ScheduledSequences,
+    SchedulerOutput,
+    TableUpdate,
+)
 from jpaged.step_inputs import StepBuilder, StepShape
 
 PLAIN = SamplingParams()
@@ -16,19 +24,16 @@ def builder():
 
 
 def step(sequences, *, samples=(), new_rows=(), table_updates=()):
-    sequences = tuple(ScheduledSequence(*s) for s in sequences)
     return SchedulerOutput(
-        sequences=sequences,
+        sequences=ScheduledSequences.of(ScheduledSequence(*s) for s in sequences),
         table_updates=tuple(TableUpdate(*u) for u in table_updates),
         new_rows=tuple(new_rows),
-        samples=tuple(Sample(*s) for s in samples),
-        ended=(),
-        num_tokens=sum(s.num_tokens for s in sequences),
+        samples=Samples.of(Sample(*s) for s in samples),
     )
 
 
 def new_row(row, params=PLAIN, *, sample_index=0, prompt_len=3, seed=0, stop_token_ids=()):
-    return NewRow(row, 100 + row, sample_index, prompt_len, params, seed, frozenset(stop_token_ids))
+    return NewRow(row, 100 + row, sample_index, prompt_len, params, seed, frozenset(stop_token_ids), ())
 
 
 def decodes(n):
