@@ -1,5 +1,6 @@
 """Requests in, outputs out, a step at a time: the engine under `LLM` and under a server."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
-    def encode(self, text: str, /) -> list[int]: ...
+    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]: ...
     def stream(self, skip_special_tokens: bool, /) -> Detokenizer: ...
 
 
@@ -64,6 +65,7 @@ class _Request:
     arrival_time: float
     samples: list["_Sample"] = field(default_factory=list)
     first_token_time: float | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclass
@@ -170,11 +172,14 @@ class LLMEngine:
             frozenset((*eos, *params.stop_token_ids)),
             seed=(self.config.seed << 32) + self._num_requests if params.seed is None else params.seed,
             max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
+            bad_words=self._bad_words(params),
         )
         self._scheduler.add(group)
         self._num_requests += 1
         self._num_prompt_tokens += len(token_ids)
         request = _Request(group, prompt if isinstance(prompt, str) else None, tuple(token_ids), time.monotonic())
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(token_ids)
         for sequence in group.sequences:
             sample = _Sample(request, sequence, TextStream(self._detokenizer(params), params))
             request.samples.append(sample)
@@ -191,13 +196,15 @@ class LLMEngine:
                 scheduled = self._scheduler.schedule()
                 self._to_report += scheduled.ended
             if scheduled.num_tokens:
-                result = self._runner.execute(scheduled)
+                result = self._runner.finish(self._runner.start(scheduled))
                 with interrupts.held_back():
                     self._count_slots(scheduled.num_tokens)
+                    self._end_the_undrawable(scheduled.samples, result)
                     self._to_report += self._scheduler.update(scheduled, result.token_ids)
                     self._take(scheduled.samples, result)
         except BaseException:
             with interrupts.held_back():
+                self._runner.reset()
                 self._scheduler.preempt_all()
             raise
         groups, self._to_report = self._to_report, []
@@ -241,18 +248,19 @@ class LLMEngine:
             raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
         if params.n > self.config.max_num_seqs:
             raise ValueError(f"n: expected at most max_num_seqs ({self.config.max_num_seqs}), got {params.n}")
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop: expected none for a model without a tokenizer, got {params.stop!r}")
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and self._tokenizer is None:
+                raise ValueError(f"{name}: expected none for a model without a tokenizer, got {getattr(params, name)!r}")
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise TypeError("prompt: expected token ids for a model without a tokenizer, got a str")
             token_ids = self._tokenizer.encode(prompt)
         else:
             token_ids = _token_ids(prompt)
-        for token_id in (*token_ids, *params.stop_token_ids):
-            if not 0 <= token_id < self._vocab_size:
-                name = "prompt" if token_id in token_ids else "stop_token_ids"
-                raise ValueError(f"{name}: expected token ids in [0, {self._vocab_size}), got {token_id}")
+        self._check_token_ids("prompt", token_ids)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
         if not token_ids:
             raise ValueError(f"prompt: expected at least one token, got none in {prompt!r}")
         if len(token_ids) >= self.max_model_len:
@@ -262,21 +270,52 @@ class LLMEngine:
             )
         return token_ids
 
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(f"{name}: expected token ids in [0, {self._vocab_size}), got {token_id}")
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The bad words in tokens: as a text begins with them and, where those are others, after a space."""
+        if self._tokenizer is None:
+            return ()
+        spelled: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for text in (word.lstrip(), " " + word.lstrip()):
+                spelled[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(token_ids for token_ids in spelled if token_ids)
+
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        return None if self._tokenizer is None else self._tokenizer.stream(params.skip_special_tokens)
+        if self._tokenizer is None or not params.detokenize:
+            return None
+        return self._tokenizer.stream(params.skip_special_tokens)
+
+    def _end_the_undrawable(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
+        """Ends the requests for which there was no token to draw, before the step goes into the books."""
+        for sample, token_id, logprob in zip(sampled, result.token_ids, result.logprobs, strict=True):
+            if token_id < 0 and (group := self._samples[sample.seq_id].request.group).error is None:
+                if math.isnan(logprob):
+                    group.error = "the model's logits are not numbers"
+                else:
+                    group.error = "no token may be drawn: the request's parameters rule out all of them"
+                for sequence in group.unfinished():
+                    self._scheduler.finish(sequence.seq_id, "error")
+                self._to_report.append(group)
 
     def _take(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
         """What the step sampled, into the requests: logprobs, text, and ends by stop strings."""
         now = time.monotonic()
-        self._num_generated += len(sampled)
+        self._take_prompt_logprobs(result)
         for i, (seq_id, _, _) in enumerate(sampled):
             sample = self._samples[seq_id]
             request, token_id = sample.request, result.token_ids[i]
+            if request.group.error is not None:
+                continue
+            self._num_generated += 1
             if request.first_token_time is None:
                 request.first_token_time = now
             sample.cumulative_logprob += result.logprobs[i]
-            if request.group.params.logprobs is not None:
-                n = request.group.params.logprobs
+            if (n := request.group.params.logprobs) is not None:
                 top = zip(result.top_token_ids[i, :n].tolist(), result.top_logprobs[i, :n].tolist(), strict=True)
                 sample.logprobs.append({token_id: result.logprobs[i], **dict(top)})
             sequence = sample.sequence
@@ -285,6 +324,16 @@ class LLMEngine:
                 sample.ended_by_string = True
                 if sequence.finish_reason is None:
                     self._scheduler.finish(seq_id, "stop")
+
+    def _take_prompt_logprobs(self, result: StepResult) -> None:
+        for seq_id, start, logprobs, top_token_ids, top_logprobs in result.prompt_logprobs:
+            request = self._samples[seq_id].request
+            n = request.group.params.prompt_logprobs
+            assert request.prompt_logprobs is not None
+            for i, logprob in enumerate(logprobs.tolist()):
+                top = zip(top_token_ids[i, :n].tolist(), top_logprobs[i, :n].tolist(), strict=True)
+                token_id = request.prompt_token_ids[start + i]
+                request.prompt_logprobs[start + i] = {token_id: logprob, **dict(top)}
 
     def _count_slots(self, num_tokens: int) -> None:
         """Counts the step's blocks: before the update, which commits its tokens and frees what has ended."""
@@ -308,6 +357,7 @@ class LLMEngine:
             outputs=tuple(sample.output() for sample in request.samples),
             finished=finished,
             error=group.error,
+            prompt_logprobs=None if request.prompt_logprobs is None else tuple(request.prompt_logprobs),
             metrics=RequestMetrics(
                 arrival_time=request.arrival_time,
                 first_token_time=request.first_token_time,

@@ -48,4 +48,7 @@ class RequestOutput:
     finished: bool
     error: str | None
     """Why it ended, where its finish_reason is "error"."""
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None
+    """For each token of the prompt the log-probabilities, by token id, of itself and of the likeliest
+    `SamplingParams.prompt_logprobs`; None for the first, which follows nothing, and for those not computed yet."""
     metrics: RequestMetrics

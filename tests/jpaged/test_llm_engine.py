@@ -28,7 +28,7 @@ class Letters:
 
     eos_token_ids: tuple[int, ...] = ()
 
-    def encode(self, text, /):
+    def encode(self, text, /, *, add_special_tokens=True):
         return [LETTERS.index(letter) for letter in text]
 
     def stream(self, skip_special_tokens, /):

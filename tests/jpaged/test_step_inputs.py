@@ -12,7 +12,7 @@ PLAIN = SamplingParams()
 
 @pytest.fixture
 def builder():
-    return StepBuilder(block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=18)
+    return StepBuilder(block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=18, vocab_size=70)
 
 
 def step(sequences, *, samples=(), new_rows=(), table_updates=()):
@@ -27,8 +27,13 @@ def step(sequences, *, samples=(), new_rows=(), table_updates=()):
     )
 
 
-def new_row(row, params=PLAIN, *, sample_index=0, prompt_len=3, seed=0, stop_token_ids=()):
-    return NewRow(row, 100 + row, sample_index, prompt_len, params, seed, frozenset(stop_token_ids))
+def new_row(row, params=PLAIN, *, token_ids=(0, 0, 0)):
+    return NewRow(row, 100 + row, 0, 3, tuple(token_ids), params, 0, frozenset(), ())
+
+
+def shape_of(tokens, sequences, is_decode=False):
+    """Of a step in which nobody asks for anything special."""
+    return StepShape(tokens, sequences, is_decode, 16, False, False, 20, False)
 
 
 def decodes(n):
@@ -136,7 +141,7 @@ def test_many_suppressed_pairs_are_padded_to_a_power_of_two(builder):
 
 @pytest.mark.parametrize(("sequences", "padded"), [(1, 1), (2, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
 def test_decodes_are_padded_to_few_sizes(sequences, padded):
-    builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18)
+    builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18, vocab_size=70)
     shape, inputs = builder.build(decodes(sequences))
     assert shape == StepShape(padded, padded, 16, True)
     assert inputs.num_decodes == sequences
@@ -144,7 +149,7 @@ def test_decodes_are_padded_to_few_sizes(sequences, padded):
 
 
 def test_decodes_stay_within_an_odd_number_of_rows():
-    builder = StepBuilder(block_size=4, max_num_seqs=6, max_num_batched_tokens=64, max_model_len=18)
+    builder = StepBuilder(block_size=4, max_num_seqs=6, max_num_batched_tokens=64, max_model_len=18, vocab_size=70)
     assert builder.build(decodes(5))[0] == StepShape(6, 6, 16, True)
 
 
@@ -159,18 +164,18 @@ def test_prefills_are_padded_to_a_power_of_two_or_three_quarters_of_one(builder,
 
 
 def test_prefills_are_padded_to_no_more_than_the_budget():
-    builder = StepBuilder(block_size=4, max_num_seqs=8, max_num_batched_tokens=40, max_model_len=40)
+    builder = StepBuilder(block_size=4, max_num_seqs=8, max_num_batched_tokens=40, max_model_len=40, vocab_size=70)
     assert builder.build(prefills(33))[0].tokens == 40
 
 
 def test_prefills_of_more_than_eight_sequences_take_all_rows():
-    builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18)
+    builder = StepBuilder(block_size=4, max_num_seqs=20, max_num_batched_tokens=64, max_model_len=18, vocab_size=70)
     assert builder.build(prefills(*[2] * 8))[0] == StepShape(16, 8, 16, False)
     assert builder.build(prefills(*[2] * 9))[0] == StepShape(24, 20, 16, False)
 
 
 def test_fewer_rows_than_eight():
-    builder = StepBuilder(block_size=4, max_num_seqs=2, max_num_batched_tokens=3, max_model_len=18)
+    builder = StepBuilder(block_size=4, max_num_seqs=2, max_num_batched_tokens=3, max_model_len=18, vocab_size=70)
     assert builder.build(prefills(3))[0] == StepShape(3, 2, 16, False)
 
 
