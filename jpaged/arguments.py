@@ -15,7 +15,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None, note:
 def check_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     """Raises TypeError unless `value` is an int or a float, ValueError unless it is finite and in [low, high]."""
     expected = f"a number in {'(' if open_low else '['}{low}, {high}{')' if high == float('inf') else ']'}"
-    if not is_number(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     # Stated positively: no comparison holds for NaN.
     if not (low <= value <= high) or (open_low and value == low) or value in (float("inf"), float("-inf")):
@@ -50,8 +50,3 @@ def as_token_ids(name: str, value: object) -> tuple[int, ...]:
     if any(token < 0 for token in value):
         raise ValueError(f"{expected}, got {value!r}")
     return tuple(value)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float; a bool is neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

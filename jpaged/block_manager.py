@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 class Allocation(Enum):
@@ -11,6 +12,13 @@ class Allocation(Enum):
     OK = "ok"
     LATER = "later"
     NEVER = "never"
+
+
+class BlockCopy(NamedTuple):
+    """The contents of block `src`, in all layers, are to be copied to block `dst`."""
+
+    src: int
+    dst: int
 
 
 class NoFreeBlocks(Exception):

@@ -17,8 +17,8 @@ from .memory import num_blocks_that_fit
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 from .runner import Model, Runner, StepResult
 from .sampling_params import SamplingParams
-from .scheduler import Sample as ScheduledSample
 from .scheduler import Scheduler
+from .scheduler_output import Samples
 from .sequence import Sequence as TokenSequence
 from .sequence import SequenceGroup
 from .step_inputs import StepShape
@@ -179,7 +179,7 @@ class LLMEngine:
         self._num_prompt_tokens += len(token_ids)
         request = _Request(group, prompt if isinstance(prompt, str) else None, tuple(token_ids), time.monotonic())
         if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(token_ids)
+            request.prompt_logprobs = [None for _ in token_ids]
         for sequence in group.sequences:
             sample = _Sample(request, sequence, TextStream(self._detokenizer(params), params))
             request.samples.append(sample)
@@ -194,7 +194,7 @@ class LLMEngine:
         try:
             with interrupts.held_back():
                 scheduled = self._scheduler.schedule()
-                self._to_report += scheduled.ended
+                self._to_report += [self._requests[request_id].group for request_id in scheduled.ended]
             if scheduled.num_tokens:
                 result = self._runner.finish(self._runner.start(scheduled))
                 with interrupts.held_back():
@@ -250,7 +250,9 @@ class LLMEngine:
             raise ValueError(f"n: expected at most max_num_seqs ({self.config.max_num_seqs}), got {params.n}")
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self._tokenizer is None:
-                raise ValueError(f"{name}: expected none for a model without a tokenizer, got {getattr(params, name)!r}")
+                raise ValueError(
+                    f"{name}: expected none for a model without a tokenizer, got {getattr(params, name)!r}"
+                )
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise TypeError("prompt: expected token ids for a model without a tokenizer, got a str")
@@ -260,7 +262,7 @@ class LLMEngine:
         self._check_token_ids("prompt", token_ids)
         self._check_token_ids("stop_token_ids", params.stop_token_ids)
         self._check_token_ids("allowed_token_ids", params.allowed_token_ids or ())
-        self._check_token_ids("logit_bias", [token_id for token_id, _ in params.logit_bias])
+        self._check_token_ids("logit_bias", tuple(params.logit_bias or ()))
         if not token_ids:
             raise ValueError(f"prompt: expected at least one token, got none in {prompt!r}")
         if len(token_ids) >= self.max_model_len:
@@ -290,7 +292,7 @@ class LLMEngine:
             return None
         return self._tokenizer.stream(params.skip_special_tokens)
 
-    def _end_the_undrawable(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
+    def _end_the_undrawable(self, sampled: Samples, result: StepResult) -> None:
         """Ends the requests for which there was no token to draw, before the step goes into the books."""
         for sample, token_id, logprob in zip(sampled, result.token_ids, result.logprobs, strict=True):
             if token_id < 0 and (group := self._samples[sample.seq_id].request.group).error is None:
@@ -302,7 +304,7 @@ class LLMEngine:
                     self._scheduler.finish(sequence.seq_id, "error")
                 self._to_report.append(group)
 
-    def _take(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
+    def _take(self, sampled: Samples, result: StepResult) -> None:
         """What the step sampled, into the requests: logprobs, text, and ends by stop strings."""
         now = time.monotonic()
         self._take_prompt_logprobs(result)

@@ -26,7 +26,8 @@ from .sampler import (
     sampling_keys,
     top_logprobs,
 )
-from .scheduler import SchedulerOutput
+from .sampling_params import SamplingParams
+from .scheduler_output import SchedulerOutput
 from .step_inputs import StepBuilder, StepInputs, StepShape
 
 LOGITS_TILE = 64  # tokens of a prompt whose logits are held at once
@@ -167,8 +168,8 @@ class Runner:
         token_ids, logprobs, top_token_ids, top_logprobs, of_prompts = jax.device_get(step.sampled)
         n = len(step.output.samples)
         drawn = token_ids[:n].tolist()
-        for sample, token_id in zip(step.output.samples, drawn, strict=True):
-            self._builder.rows.record(sample.row, token_id)
+        for row, token_id in zip(step.output.samples.rows.tolist(), drawn, strict=True):
+            self._builder.rows.record(row, token_id)
         prompt_logprobs = [
             PromptLogprobs(seq_id, start, *(array[first:end] for array in of_prompts))
             for seq_id, start, first, end in step.wanted
@@ -185,7 +186,7 @@ class Runner:
     def _count_said(self, output: SchedulerOutput) -> None:
         """What the new occupants of rows with penalties have said before."""
         for new in output.new_rows:
-            if new.params.has_penalties:
+            if isinstance(new.params, SamplingParams) and new.params.has_penalties:
                 prompt, generated = new.token_ids[: new.prompt_len], new.token_ids[new.prompt_len :]
                 said = np.bincount(np.array(generated, np.intp), minlength=self._said_shape[1]).astype(np.int32)
                 said[np.array(prompt, np.intp)] |= IN_PROMPT
@@ -216,9 +217,7 @@ def _set_row(said: Array, row: int, values: Array) -> Array:
     return said.at[row].set(values)
 
 
-def _new_state(
-    config: ModelConfig, num_blocks: int, block_size: int, max_num_seqs: int, dtype: np.dtype
-) -> _State:
+def _new_state(config: ModelConfig, num_blocks: int, block_size: int, max_num_seqs: int, dtype: np.dtype) -> _State:
     cache = KVCache.create(
         num_layers=config.num_layers,
         num_blocks=num_blocks,
@@ -286,9 +285,7 @@ def _draw(logits: Array, said: Array | None, inputs: StepInputs, previous: Array
     return jnp.where(jnp.isfinite(logits.max(-1)), drawn, -1)
 
 
-def _prompt_logprobs(
-    model: Model, hidden: Array, following: Array, num_logprobs: int
-) -> tuple[Array, Array, Array]:
+def _prompt_logprobs(model: Model, hidden: Array, following: Array, num_logprobs: int) -> tuple[Array, Array, Array]:
     """The log-probability of the token that follows each of T ones, and the likeliest, a few tokens at a time."""
 
     def of_tile(tile: tuple[Array, Array]) -> tuple[Array, Array, Array]:

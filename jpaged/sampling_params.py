@@ -1,9 +1,9 @@
 """What a request asks of the sampler, and when it ends."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .arguments import as_strings, as_token_ids, check_bool, check_int, check_number, is_number
+from .arguments import as_strings, as_token_ids, check_bool, check_int, check_number
 
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 20
@@ -33,7 +33,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # taken from the logit of each token that was generated before
     frequency_penalty: float = 0.0  # taken as many times as the token was generated before
     repetition_penalty: float = 1.0  # divides the logit of tokens of prompt and answer, or multiplies a negative one
-    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()  # token id to what its logit gets; held as pairs
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # what a token's logit gets, within ±100
     bad_words: str | Sequence[str] = ()  # texts never generated; held as a tuple
     allowed_token_ids: Sequence[int] | None = None  # no other is drawn; held as a tuple
     seed: int | None = None  # None: the engine chooses
@@ -66,7 +66,8 @@ class SamplingParams:
                 check_int(name, number, 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             check_bool(name, getattr(self, name))
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         object.__setattr__(self, "bad_words", as_strings("bad_words", self.bad_words))
         object.__setattr__(self, "stop", as_strings("stop", self.stop, at_most=MAX_STOP_STRINGS))
         object.__setattr__(self, "stop_token_ids", as_token_ids("stop_token_ids", self.stop_token_ids))
@@ -84,16 +85,14 @@ class SamplingParams:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
-def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+def _logit_bias(value: object) -> dict[int, float]:
     expected = "logit_bias: expected a mapping of token ids to numbers"
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+    if not isinstance(value, Mapping):
         raise TypeError(f"{expected}, got {value!r}")
-    for token_id, bias in pairs:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or not is_number(bias):
+    for token_id, bias in value.items():
+        is_typed = isinstance(token_id, int) and isinstance(bias, int | float)
+        if not is_typed or isinstance(token_id, bool) or isinstance(bias, bool):
             raise TypeError(f"{expected}, got {token_id!r}: {bias!r}")
         if token_id < 0 or bias != bias:
             raise ValueError(f"{expected}, ids from 0 on and no NaN, got {token_id!r}: {bias!r}")
-    if len({token_id for token_id, _ in pairs}) < len(pairs):
-        raise ValueError(f"{expected}, each once, got {value!r}")
-    return tuple((token_id, float(min(max(bias, -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS))) for token_id, bias in pairs)
+    return {token_id: float(min(max(bias, -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)) for token_id, bias in value.items()}

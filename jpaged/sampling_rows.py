@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
+from .beam_search import num_candidates
+from .beam_search_params import BeamSearchParams
 from .sampling_params import SamplingParams
-from .scheduler import NewRow
+from .scheduler_output import NewRow
 
 MIN_EDITS = 16
 _INT32_MAX = np.iinfo(np.int32).max
@@ -75,8 +77,13 @@ class SamplingRows:
 
     def occupy(self, new: NewRow) -> None:
         """The row gets a new occupant; nothing of the one before remains."""
-        params, row = new.params, new.row
+        params, row, num_logprobs = new.params, new.row, 0
+        if isinstance(params, BeamSearchParams):
+            params, num_logprobs = SamplingParams(temperature=0.0), num_candidates(params, len(new.stop_token_ids))
+        elif params.logprobs is not None:
+            num_logprobs = params.logprobs
         single = [word[0] for word in new.bad_words if len(word) == 1]
+        biases = params.logit_bias or {}
         several = tuple(word for word in new.bad_words if len(word) > 1)
         self._rows[row] = (
             new.sample_index,
@@ -86,17 +93,17 @@ class SamplingRows:
             params.top_p,
             params.min_p,
             (params.presence_penalty, params.frequency_penalty, params.repetition_penalty),
-            params.logprobs or 0,
+            num_logprobs,
             new.prompt_len,
             min(new.prompt_len + params.min_tokens, _INT32_MAX),
             params.has_penalties,
             params.allowed_token_ids is not None,
-            bool(params.logit_bias or new.bad_words),
+            bool(biases or new.bad_words),
         )
         self._stop_token_ids[row] = _ids(sorted(new.stop_token_ids))
         self._always[row] = _edits(
-            [token for token, _ in params.logit_bias] + single,
-            [bias for _, bias in params.logit_bias] + [-np.inf] * len(single),
+            [*biases, *single],
+            [*biases.values(), *[-np.inf] * len(single)],
         )
         self._bad_words[row] = several
         self._generated[row] = list(new.token_ids[new.prompt_len :]) if several else []
@@ -120,7 +127,9 @@ class SamplingRows:
         """The inputs of samples that these rows take at these positions, padded to R."""
         asked = self._rows[rows]
         edits = self._lay_out_edits(rows, positions, asked, R)
-        is_restricted = self._allowed is not None and asked["is_restricted"].any()
+        allowed = np.zeros((R, 0), np.uint32)
+        if self._allowed is not None and asked["is_restricted"].any():
+            allowed = pad(self._allowed[rows], R)
         return SamplingInputs(
             index=pad(asked["index"], R),
             seed=pad(asked["seed"], R),
@@ -133,7 +142,7 @@ class SamplingRows:
             edit_token=edits[1],
             edit_value=edits[2],
             edit_after=edits[3],
-            allowed=pad(self._allowed[rows], R) if is_restricted else np.zeros((R, 0), np.uint32),
+            allowed=allowed,
         )
 
     def _lay_out_edits(

@@ -2,63 +2,19 @@
 
 from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 from .block_manager import Allocation, BlockManager, NoFreeBlocks
-from .sampling_params import SamplingParams
+from .scheduler_output import (
+    NewRow,
+    Sample,
+    Samples,
+    ScheduledSequence,
+    ScheduledSequences,
+    SchedulerOutput,
+    TableUpdate,
+)
 from .sequence import FinishReason, Sequence, SequenceGroup
-
-
-class ScheduledSequence(NamedTuple):
-    """The tokens at positions [start, start + num_tokens) of a sequence are computed in this step."""
-
-    seq_id: int
-    row: int
-    start: int
-    num_tokens: int
-    token_ids: tuple[int, ...] | None  # None: the one token that the row sampled last
-
-
-class TableUpdate(NamedTuple):
-    """From index `first` on, the row's block table now reads `block_ids`."""
-
-    row: int
-    first: int
-    block_ids: tuple[int, ...]
-
-
-class NewRow(NamedTuple):
-    """A row gets a new occupant; nothing of the one before is to remain."""
-
-    row: int
-    seq_id: int
-    sample_index: int
-    prompt_len: int
-    params: SamplingParams
-    seed: int
-    stop_token_ids: frozenset[int]
-
-
-class Sample(NamedTuple):
-    """A token is to be sampled after token `token_index` of the step's packed tokens."""
-
-    seq_id: int
-    row: int
-    token_index: int
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """The data of one step, and of block tables only what changed. If num_tokens is 0, nothing is to run."""
-
-    sequences: tuple[ScheduledSequence, ...]  # those of one token first; tokens are packed in this order
-    table_updates: tuple[TableUpdate, ...]
-    new_rows: tuple[NewRow, ...]  # come before the table updates
-    samples: tuple[Sample, ...]  # one for each sequence whose last known token is computed
-    ended: tuple[SequenceGroup, ...]  # requests that can never fit, or outgrew the pool: see their `error`
-    num_tokens: int
 
 
 class Scheduler:
@@ -67,7 +23,24 @@ class Scheduler:
     A request runs as soon as all before it do, and rows and blocks for all of its tokens are free. When
     blocks run out, the request that came last gives all of its own back, and later computes its tokens anew.
 
-    Every output goes to `update` before the next `schedule`, or else to nobody after `preempt_all`.
+    Outputs run in the order in which they were scheduled, and go to `update` in that order, those without tokens too.
+    `schedule` may run once more before the `update` of the step before; what then is in flight is called so below.
+    Where a step fails, `fail` and `preempt_all` take the place of `update` for all that is in flight.
+
+    Parallel sampling: `samples` names, at the prompt's last token, all n sequences, each with a row of its own; the
+    rows of the others come in the same output's `new_rows`, their tables share the prompt's blocks, and from the next
+    step on each decodes, with `copies` where they part.
+
+    Beam search (`SequenceGroup.beam_width`): each unfinished sequence gets its one sample a step, which says where
+    candidates are to be taken; the token id given to `update` for it is not used. After `update` the engine calls, in
+    this order, `finish` for the beams that nobody continues, `fork(parent_id, child_id, index)` for every further
+    child of a beam (its first child goes on under the parent's own id) and `append_token(seq_id, token_id)` for every
+    beam. Until all unfinished beams have their token the request sits out. There may be `beam_width` unfinished at
+    once. `max_len` and stop tokens are the engine's to look after. All of this also works for a request that has been
+    preempted meanwhile: no blocks need to be held.
+
+    Prompt logprobs: with `SequenceGroup.needs_prompt_logits` no prompt token is skipped, so that each passes through
+    `sequences` (of a preempted request again: those already known are to be ignored).
 
     Args:
         block_manager: the pool; sequences hold blocks exactly while they hold a row.
@@ -78,11 +51,12 @@ class Scheduler:
     Example:
         >>> scheduler = Scheduler(BlockManager(8, 4), max_num_seqs=2, max_num_batched_tokens=16)
         >>> sequence = Sequence(seq_id=0, index=0, token_ids=[5, 6, 7])
+        >>> from jpaged.sampling_params import SamplingParams
         >>> params = SamplingParams(max_tokens=16)
         >>> scheduler.add(SequenceGroup("a", [sequence], params, frozenset({2}), seed=0, max_len=19))
         >>> output = scheduler.schedule()
-        >>> output.sequences
-        (ScheduledSequence(seq_id=0, row=0, start=0, num_tokens=3, token_ids=(5, 6, 7)),)
+        >>> output.sequences[0]
+        ScheduledSequence(seq_id=0, row=0, start=0, num_tokens=3, token_ids=(5, 6, 7))
         >>> groups = scheduler.update(output, [9])
         >>> sequence.token_ids
         [5, 6, 7, 9]
@@ -319,7 +293,7 @@ class Scheduler:
                 f"more than the pool's {self._blocks.num_blocks}"
             )
         self._end_group(group, "error")
-        step.ended.append(group)
+        step.ended.append(group.request_id)
 
 
 def _reason_to_end(group: SequenceGroup, sequence: Sequence) -> FinishReason | None:
@@ -335,7 +309,7 @@ class _Step:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens that the step may still take
-        self.ended: list[SequenceGroup] = []
+        self.ended: list[str] = []
         self._single: list[ScheduledSequence] = []
         self._several: list[ScheduledSequence] = []
         self._sampled: set[int] = set()
@@ -372,6 +346,8 @@ class _Step:
                 group.params,
                 group.seed,
                 group.stop_token_ids,
+                tuple(sequence.token_ids),
+                group.bad_words,
             )
         )
 
@@ -382,15 +358,15 @@ class _Step:
     def output(self) -> SchedulerOutput:
         samples: list[Sample] = []
         end = 0
-        for scheduled in chain(self._single, self._several):
+        single = sorted(self._single, key=lambda scheduled: scheduled.token_ids is not None)
+        for scheduled in chain(single, self._several):
             end += scheduled.num_tokens
             if scheduled.seq_id in self._sampled:
                 samples.append(Sample(scheduled.seq_id, scheduled.row, end - 1))
         return SchedulerOutput(
-            sequences=(*self._single, *self._several),
-            table_updates=tuple(self._table_updates),
             new_rows=tuple(self._new_rows),
-            samples=tuple(samples),
+            table_updates=tuple(self._table_updates),
+            sequences=ScheduledSequences.of((*single, *self._several)),
+            samples=Samples.of(samples),
             ended=tuple(self.ended),
-            num_tokens=end,
         )

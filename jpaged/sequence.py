@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length", "error", "abort"]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The prompt and the tokens generated after it, of one of a request's `n` samples.
+    """The prompt and the tokens generated after it, of one of a request's `n` samples, or of one beam.
 
     >>> sequence = Sequence(seq_id=7, index=0, token_ids=[11, 12, 13])
     >>> sequence.prompt_len, sequence.num_computed
@@ -24,7 +24,7 @@ class Sequence:
 
     # Written by the Scheduler alone.
     token_ids: list[int]  # prompt + generated
-    num_computed: int = field(default=0, init=False)  # tokens written to the cache, or scheduled to be
+    num_computed: int = field(default=0, init=False)  # tokens in the cache; not kept up while in the DecodeBatch
     prefill_len: int = field(default=0, init=False)  # tokens known when the row was given
     row: int | None = field(default=None, init=False)  # in the runner's state, as long as the sequence runs
     finish_reason: FinishReason | None = field(default=None, init=False)
@@ -34,21 +34,38 @@ class Sequence:
             raise ValueError("token_ids: expected at least one token, got none")
         self.prompt_len = len(self.token_ids)
 
+    def fork(self, seq_id: int, index: int) -> "Sequence":
+        """Another sequence with the same prompt and the same tokens generated so far."""
+        child = Sequence(seq_id, index, list(self.token_ids))
+        child.prompt_len = self.prompt_len
+        return child
+
 
 @dataclass(slots=True, eq=False)
 class SequenceGroup:
-    """One request: `params.n` sequences, scheduled, preempted and ended by error together."""
+    """One request: its sequences are scheduled, preempted and ended by error together.
+
+    Of a request with n samples, `sequences` are all n from the start: the first one's prompt is computed, and the
+    others fork from it. Of a beam search it is one, and `Scheduler.fork` makes the others.
+    """
 
     # Set once, by the engine.
     request_id: str
-    sequences: list[Sequence]
+    sequences: list[Sequence]  # to which Scheduler.fork adds
     params: SamplingParams
     stop_token_ids: frozenset[int]  # params.stop_token_ids and, unless params.ignore_eos, the EOS tokens
     seed: int  # params.seed, or the engine's choice
     max_len: int  # tokens a sequence may reach: prompt + max_tokens, at most the model's length
+    bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words, each way of spelling them in tokens
+    priority: int = 0  # lower is served first; among equals, who came first
+    cache_salt: str | None = None  # blocks are shared only with requests of the same salt
+    beam_width: int | None = None  # not None: the host chooses every token, for up to so many unfinished sequences
+    needs_prompt_logits: bool = False  # every prompt token is computed: none is taken from the prefix cache
+    keeps_prefix: bool = False  # the blocks that its prompt fills stay held until Scheduler.release_prefix
 
     # Written by the Scheduler alone.
     error: str | None = field(default=None, init=False)  # why the sequences ended with "error"
+    num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt, found when first admitted
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still want tokens, in order of their index."""

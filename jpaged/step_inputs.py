@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from .sampling_params import MAX_LOGPROBS
+from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .sampling_rows import SamplingInputs, SamplingRows, pad, power_of_two
-from .scheduler import ScheduledSequence, SchedulerOutput
+from .scheduler_output import ScheduledSequence, SchedulerOutput
 
 MIN_PREFILL_TOKENS = 16
 MIN_SEQS = 8
@@ -77,7 +77,7 @@ class StepBuilder:
         """Takes in what changed of the rows, and returns the step, which must have tokens."""
         self._update_rows(output)
         sequences, n = output.sequences, output.num_tokens
-        row, start, lens = np.array([(s.row, s.start, s.num_tokens) for s in sequences], np.int32).T
+        row, start, lens = sequences.rows, sequences.starts, sequences.lengths
         is_decode = bool(lens.max() == 1)
         T, R = self._padded(n, max(len(sequences), len(output.samples)), is_decode)
 
@@ -85,14 +85,12 @@ class StepBuilder:
         of_token = np.repeat(np.arange(len(sequences)), lens)  # each token's sequence
         position = np.arange(n, dtype=np.int32) + (start + lens - ends)[of_token]
         token_ids = np.zeros(T, np.int32)
-        for sequence, end in zip(sequences, ends.tolist(), strict=True):
-            ids = -1 - sequence.row if sequence.token_ids is None else sequence.token_ids
-            token_ids[end - sequence.num_tokens : end] = ids
+        token_ids[: sequences.num_sampled] = -1 - row[: sequences.num_sampled]
+        token_ids[sequences.num_sampled : n] = sequences.token_ids
         block, offset = np.divmod(position, self._block_size)
         slot = self._tables[row[of_token], block] * self._block_size + offset
 
-        sample_row = np.array([sample.row for sample in output.samples], np.intp)
-        token_index = np.array([sample.token_index for sample in output.samples], np.intp)
+        sample_row, token_index = output.samples.rows, output.samples.token_indices
         sample_position = position[token_index] + 1
         num_logprobs = self.rows.num_logprobs(sample_row)
         inputs = StepInputs(
@@ -102,9 +100,9 @@ class StepBuilder:
             context_lens=pad(start + lens, R),
             query_starts=pad(np.append(np.int32(0), ends), R + 1, n),
             slot_mapping=pad(slot, T, -1),
-            num_decodes=np.array((lens == 1).sum(), np.int32),
-            token_index=pad(token_index.astype(np.int32), R),
-            rows=pad(sample_row.astype(np.int32), R, self._max_num_seqs),
+            num_decodes=np.array(sequences.num_decodes, np.int32),
+            token_index=pad(token_index, R),
+            rows=pad(sample_row, R, self._max_num_seqs),
             sample_positions=pad(sample_position, R),
             sampling=self.rows.lay_out(sample_row, sample_position, R),
             wants_logprobs=np.array(num_logprobs > 0),
@@ -131,7 +129,7 @@ class StepBuilder:
         for new in output.new_rows:
             self.rows.occupy(new)
             self._prompts.pop(new.row, None)
-            if new.params.prompt_logprobs is not None:
+            if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
                 self._prompts[new.row] = tuple(new.token_ids[: new.prompt_len])
         for row, first, block_ids in output.table_updates:
             self._tables[row, first : first + len(block_ids)] = block_ids

@@ -8,7 +8,8 @@ import pytest
 
 from jpaged.block_manager import BlockManager
 from jpaged.sampling_params import SamplingParams
-from jpaged.scheduler import NewRow, Sample, ScheduledSequence, Scheduler, SchedulerOutput, TableUpdate
+from jpaged.scheduler import Scheduler
+from jpaged.scheduler_output import NewRow, Sample, ScheduledSequence, SchedulerOutput, TableUpdate
 from jpaged.sequence import Sequence, SequenceGroup
 
 STOP = 0
@@ -63,14 +64,11 @@ def test_a_request_from_prompt_to_end():
     assert row is not None
     table = blocks.block_table(7)
     assert len(table) == 2
-    assert output == SchedulerOutput(
-        sequences=(ScheduledSequence(7, row, 0, 3, (11, 12, 13)),),
-        table_updates=(TableUpdate(row, 0, table),),
-        new_rows=(NewRow(row, 7, 0, 3, group.params, 7, frozenset({STOP})),),
-        samples=(Sample(7, row, 2),),
-        ended=(),
-        num_tokens=3,
-    )
+    assert list(output.sequences) == [ScheduledSequence(7, row, 0, 3, (11, 12, 13))]
+    assert output.table_updates == (TableUpdate(row, 0, table),)
+    assert output.new_rows == (NewRow(row, 7, 0, 3, group.params, 7, frozenset({STOP}), (11, 12, 13)),)
+    assert list(output.samples) == [Sample(7, row, 2)]
+    assert (output.ended, output.num_tokens) == ((), 3)
     assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
     assert (blocks.num_held_slots, blocks.num_used_slots) == (4, 0)
     assert scheduler.update(output, [21]) == [group]
@@ -78,8 +76,8 @@ def test_a_request_from_prompt_to_end():
     assert blocks.num_used_slots == 3
 
     output = scheduler.schedule()  # token 21, at position 3, in the second block's second slot
-    assert output.sequences == (ScheduledSequence(7, row, 3, 1, None),)
-    assert (output.table_updates, output.new_rows, output.samples) == ((), (), (Sample(7, row, 0),))
+    assert list(output.sequences) == [ScheduledSequence(7, row, 3, 1, None)]
+    assert (output.table_updates, output.new_rows, list(output.samples)) == ((), (), [Sample(7, row, 0)])
     scheduler.update(output, [22])
 
     output = scheduler.schedule()  # token 22, at position 4, opens the third block
@@ -93,7 +91,7 @@ def test_a_request_from_prompt_to_end():
     assert (sequence.finish_reason, sequence.row) == ("length", None)
     assert not scheduler.has_unfinished()
     assert (blocks.num_free_blocks, blocks.num_used_slots) == (8, 0)
-    assert step(scheduler) == SchedulerOutput((), (), (), (), (), 0)
+    assert step(scheduler).is_empty
 
 
 def test_stop_tokens_end_and_stay():
@@ -143,7 +141,7 @@ def test_chunked_prefill_shares_the_budget():
 
     first = step(scheduler)
     assert shapes(first) == [(0, 0, 8)]
-    assert first.samples == ()
+    assert len(first.samples) == 0
 
     second = step(scheduler)  # 2 left of the first, 5 of the second, 1 for the third; one-token sequences first
     assert shapes(second) == [(2, 0, 1), (0, 8, 2), (1, 0, 5)]
@@ -340,10 +338,10 @@ def test_a_request_larger_than_the_pool_ends_with_an_error():
     add(scheduler, make_group(0, 2), too_long, too_many, fits)
     output = step(scheduler)
     assert shapes(output) == [(0, 0, 2), (5, 0, 2)]
-    assert output.ended == (too_long, too_many)
+    assert output.ended == (too_long.request_id, too_many.request_id)
     assert too_long.error == "the request needs 5 blocks of 2 tokens, more than the pool's 4"
     assert too_many.error == "the request needs 6 blocks of 2 tokens, more than the pool's 4"
-    assert [s.finish_reason for g in output.ended for s in g.sequences] == ["error"] * 3
+    assert [s.finish_reason for g in (too_long, too_many) for s in g.sequences] == ["error"] * 3
     assert fits.error is None
     assert step(scheduler).ended == ()
 
@@ -353,7 +351,7 @@ def test_a_request_with_more_sequences_than_rows_ends_with_an_error():
     group = make_group(0, 2, n=3)
     scheduler.add(group)
     output = step(scheduler)
-    assert (output.ended, output.num_tokens) == ((group,), 0)
+    assert (output.ended, output.num_tokens) == ((group.request_id,), 0)
     assert group.error == "the request has 3 sequences, more than the 2 rows"
     assert not scheduler.has_unfinished()
 
@@ -367,7 +365,7 @@ def test_a_lone_request_that_outgrows_the_pool_ends_with_an_error():
     waiting = make_group(1, 5, max_tokens=1)
     scheduler.add(waiting)
     output = step(scheduler)
-    assert output.ended == (group,)
+    assert output.ended == (group.request_id,)
     assert group.error == "the request needs 4 blocks of 2 tokens, more than the pool's 3"
     assert group.sequences[0].finish_reason == "error"
     assert len(group.sequences[0].token_ids) == 7  # what it had generated is kept
@@ -620,9 +618,9 @@ class World:
         ones = [s.num_tokens == 1 for s in output.sequences]
         assert ones == sorted(ones, reverse=True)
         assert len({s.row for s in output.sequences}) == len(ones)
-        for group in output.ended:
+        for request_id in output.ended:
+            (group,) = (group for group in self.live if group.request_id == request_id)
             assert group.error
-            assert group in self.live
             assert self.never_fits([s for s in group.sequences if s.finish_reason == "error"])
         # All of a group run or none, and whoever runs came before whoever waits.
         runs = [{s.row is not None for s in group.unfinished()} for group in self.live if group.unfinished()]
