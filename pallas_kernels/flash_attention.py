@@ -1,6 +1,5 @@
 """Exact attention over dense arrays, in tiles: the operation, its arguments, and the choice of a backend."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float, Int32
 from . import attention_vjp
 from .attention_spec import AttentionSpec
 from .block_mask import BlockMask
+from .devices import lacks_mosaic, platform_and_kind
 from .flash_arguments import Call, prepare
 
 Implementation = Literal["mosaic", "cudnn", "xla", "reference"]
@@ -176,34 +176,15 @@ def _choose(call: Call, implementation: str | None, return_residual: bool) -> Ex
 
 def _lacks(name: Implementation, call: Call, return_residual: bool) -> str | None:
     """Why an implementation cannot serve the call here, or None."""
-    platform, kind = _device()
-    if name == "mosaic" and not (_is_hopper(kind) or _interpreted()):
-        return f"its kernels are for Hopper GPUs (H100, H200), and this is {kind}"
+    platform, kind = platform_and_kind()
+    if name == "mosaic" and (reason := lacks_mosaic()) is not None:
+        return reason
     if name == "cudnn" and platform not in ("gpu", "cuda"):
         return f"cuDNN is for NVIDIA GPUs, and this is {kind}"
     if name == "cudnn" and return_residual:
         return "its log-sum-exp has no gradient"
     query, key, value, operands, spec, _ = call
     return _backend(name).unsupported(query, key, value, operands, spec)
-
-
-def _device() -> tuple[str, str]:
-    """Platform and kind of the device that the computation is for: of the mesh in context, else the default one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
-    return (device, device) if isinstance(device, str) else (device.platform, device.device_kind)
-
-
-def _is_hopper(kind: str) -> bool:
-    return re.search(r"\bG?H(100|200|800|20)\b", kind) is not None
-
-
-def _interpreted() -> bool:
-    """Whether Pallas interprets GPU kernels, as tests on a CPU let it."""
-    from jax._src import config
-
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def _backend(name: Implementation) -> ModuleType:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
+from .devices import interpreted
 from .flash_forward_config import ForwardConfig, default_config
 from .mosaic_common import (
     PANEL,
@@ -28,7 +29,6 @@ from .mosaic_common import (
     Scalar,
     broadcast,
     drain,
-    interpreted,
     load_tile,
     multiply_transposed,
     positions,

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
 from .block_mask import BlockMask
+from .devices import interpreted
 from .mosaic_common import (
     PANEL,
     WGMMA,
@@ -33,7 +34,6 @@ from .mosaic_common import (
     Scalar,
     broadcast,
     drain,
-    interpreted,
     load_tile,
     multiply,
     multiply_transposed,

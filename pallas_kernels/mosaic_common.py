@@ -11,21 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src import config as jax_config  # the one place that says whether kernels are interpreted
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .devices import interpreted
 
 WGMMA = plgpu.Layout.WGMMA
 PANEL = 64
 
 Ref = Any  # a reference to memory inside a kernel
 Scalar = int | jax.Array
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Pallas' interpreter, which knows neither aliased shared memory nor a left operand of
-    wgmma in registers."""
-    return jax_config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def tile_memory(*shape: int, dtype: jnp.dtype) -> Any:
