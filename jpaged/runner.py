@@ -192,7 +192,7 @@ class Runner:
                 said[np.array(prompt, np.intp)] |= IN_PROMPT
                 if self._said is None:
                     self._said = jnp.zeros(self._said_shape, jnp.int32)
-                self._said = _set_row(self._said, new.row, said)
+                self._said = _set_row(self._said, np.int32(new.row), said)
 
     def _wanted_prompt_logprobs(self, output: SchedulerOutput) -> list[tuple[int, int, int, int]]:
         wanted, end = [], 0
@@ -213,7 +213,7 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_row(said: Array, row: int, values: Array) -> Array:
+def _set_row(said: Array, row: Int32[Array, ""], values: Int32[Array, " V"]) -> Array:
     return said.at[row].set(values)
 
 

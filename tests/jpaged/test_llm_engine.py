@@ -2,7 +2,7 @@
 
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ class Letters:
     eos_token_ids: tuple[int, ...] = ()
 
     def encode(self, text, /, *, add_special_tokens=True):
-        return [LETTERS.index(letter) for letter in text]
+        return [LETTERS.index(letter) for letter in text if letter != " "]
 
     def stream(self, skip_special_tokens, /):
         return self
@@ -97,9 +97,13 @@ def tokens(output):
     return [sample.token_ids for sample in output.outputs]
 
 
+def dense_logits(model, ids):
+    """The logits of the token after each of `ids`, by one dense forward pass, in float64."""
+    return np.asarray(model(jnp.array([[*ids, *[0] * (64 - len(ids))]], jnp.int32))[0, : len(ids)], np.float64)
+
+
 def dense_logprobs(model, ids):
-    """Log-probabilities of the token after each of `ids`, by one dense forward pass, in float64."""
-    logits = np.asarray(model(jnp.array([[*ids, *[0] * (64 - len(ids))]], jnp.int32))[0, : len(ids)], np.float64)
+    logits = dense_logits(model, ids)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -308,6 +312,13 @@ BAD = {
     "too many samples": ([1], SamplingParams(n=5), ValueError, "n"),
     "a dict for parameters": ([1], {"n": 1}, TypeError, "params"),
     "stop token past the vocabulary": ([1], SamplingParams(stop_token_ids=[VOCAB]), ValueError, "stop_token_ids"),
+    "allowed token past the vocabulary": (
+        [1],
+        SamplingParams(allowed_token_ids=[VOCAB]),
+        ValueError,
+        "allowed_token_ids",
+    ),
+    "biased token past the vocabulary": ([1], SamplingParams(logit_bias={VOCAB: 1}), ValueError, "logit_bias"),
     "name in use": ([1], GREEDY, ValueError, "request_id"),
 }
 
@@ -329,8 +340,9 @@ def test_without_a_tokenizer(model):
     engine = make(model)
     with pytest.raises(TypeError, match=r"^prompt: expected token ids"):
         engine.add_request("a", "text", GREEDY)
-    with pytest.raises(ValueError, match=r"^stop: expected none"):
-        engine.add_request("a", [1], SamplingParams(stop="x"))
+    for name in ("stop", "bad_words"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected none"):
+            engine.add_request("a", [1], SamplingParams(**{name: "x"}))
     check_empty(engine)
     output = run(engine, np.array([5, 9], np.int64).tolist(), GREEDY)
     assert (output.prompt, output.outputs[0].text) == (None, "")
@@ -453,8 +465,6 @@ def test_a_failed_step_takes_nothing_from_the_others(engine, monkeypatch):
 
 
 def test_the_models_own_eos_ends_a_text(model):
-    from dataclasses import replace
-
     free = run(make(model), PROMPTS[0], GREEDY).outputs[0].token_ids
     eos = free[4]
     first = free.index(eos)
@@ -486,3 +496,128 @@ def test_an_interrupt_amid_the_bookkeeping_loses_nothing(engine, monkeypatch, wh
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     assert tokens(finish(engine)["a"]) == expected
+
+
+EDITED = {
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": -0.75},
+    "repetition": {"repetition_penalty": 1.7},
+    "all penalties": {"presence_penalty": -0.5, "frequency_penalty": 1.0, "repetition_penalty": 0.8},
+    "bias": {"logit_bias": {3: 1.5, 51: -2.0, 63: 0.25}},
+    "allowed": {"allowed_token_ids": [0, 7, 31, 32, 63]},
+    "bias and penalty": {"logit_bias": {7: 3.0}, "repetition_penalty": 1.3, "allowed_token_ids": list(range(2, 40))},
+    "bad letter": {"bad_words": ["0", "c"]},
+    "bad word": {"bad_words": ["cc", "]4c", "44"]},  # greedily it says ]4cc44...
+    "min_tokens": {"min_tokens": 5, "stop_token_ids": [4, 51]},
+}
+
+
+def edited_logits(logits, prompt, generated, params):
+    """By the formulas of `SamplingParams`, one token at a time, in float64."""
+    logits = logits.copy()
+    if params.allowed_token_ids is not None:
+        logits[[t for t in range(VOCAB) if t not in params.allowed_token_ids]] = -np.inf
+    for word in params.bad_words:
+        ids = [LETTERS.index(letter) for letter in word]
+        if generated[len(generated) - len(ids) + 1 :] == ids[:-1]:
+            logits[ids[-1]] = -np.inf
+    if len(generated) < params.min_tokens:
+        logits[list(params.stop_token_ids)] = -np.inf
+    for token_id, bias in (params.logit_bias or {}).items():
+        logits[token_id] += bias
+    for token_id in {*prompt, *generated}:
+        logits[token_id] *= params.repetition_penalty ** (-1 if logits[token_id] > 0 else 1)
+    for token_id in generated:
+        logits[token_id] -= params.frequency_penalty
+    for token_id in set(generated):
+        logits[token_id] -= params.presence_penalty
+    return logits
+
+
+def check_edited_greedy(model, output, params):
+    """Every token was the likeliest after what was said before it, and reported as likely as the model found it."""
+    (sample,) = output.outputs
+    prompt = list(output.prompt_token_ids)
+    logits = dense_logits(model, [*prompt, *sample.token_ids])[len(prompt) - 1 :]
+    total = 0.0
+    for i, token_id in enumerate(sample.token_ids):
+        edited = edited_logits(logits[i], prompt, list(sample.token_ids[:i]), params)
+        assert token_id == edited.argmax(), f"token {i}"
+        total += (logits[i] - np.log(np.exp(logits[i]).sum()))[token_id]
+    assert sample.cumulative_logprob == pytest.approx(total, abs=1e-4)
+
+
+def edited_params(name):
+    return SamplingParams(temperature=0.0, max_tokens=16, **EDITED[name])
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_greedy_by_what_is_asked_of_the_logits(engine, model, name):
+    params = edited_params(name)
+    output = run(engine, PROMPTS[0], params)
+    check_edited_greedy(model, output, params)
+    assert tokens(output) != tokens(run(engine, PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=16))), (
+        "no effect"
+    )
+
+
+def test_what_one_asks_is_not_done_to_others(model):
+    """All of it in one batch, with too few blocks and rows, so that requests are preempted and rows change hands."""
+    small = make(model, Letters(), num_blocks=14)
+    for name in EDITED:
+        small.add_request(name, PROMPTS[0], edited_params(name))
+        small.add_request(f"plain beside {name}", PROMPTS[3], GREEDY)
+    outputs = finish(small)
+    assert small.stats().num_preemptions > 0
+    for name in EDITED:
+        check_edited_greedy(model, outputs[name], edited_params(name))
+        check_edited_greedy(model, outputs[f"plain beside {name}"], GREEDY)
+    check_empty(small)
+
+
+@pytest.mark.parametrize("budget", [8, 64])
+def test_prompt_logprobs(model, budget):
+    engine = make(model, max_num_batched_tokens=budget)
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    engine.add_request("a", [*PROMPTS[2][:-1], 9], params)
+    engine.add_request("b", PROMPTS[3], SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0))
+    engine.add_request("c", PROMPTS[0], GREEDY)
+    outputs = finish(engine)
+    assert outputs["c"].prompt_logprobs is None
+    for name, n in (("a", 2), ("b", 0)):
+        prompt, found = outputs[name].prompt_token_ids, outputs[name].prompt_logprobs
+        expected = dense_logprobs(model, prompt)
+        assert found[0] is None
+        assert len(found) == len(prompt)
+        for position in range(1, len(prompt)):
+            row = expected[position - 1]
+            assert set(found[position]) == {prompt[position], *np.argsort(-row)[:n].tolist()}
+            for token_id, value in found[position].items():
+                assert value == pytest.approx(row[token_id], abs=1e-4)
+
+
+def test_prompt_logprobs_of_several_samples(engine, model):
+    output = run(engine, PROMPTS[3], SamplingParams(n=3, seed=5, max_tokens=4, prompt_logprobs=1))
+    expected = dense_logprobs(model, PROMPTS[3])
+    for position in range(1, 5):
+        assert output.prompt_logprobs[position][PROMPTS[3][position]] == pytest.approx(
+            expected[position - 1, PROMPTS[3][position]], abs=1e-4
+        )
+
+
+def test_no_text_without_detokenize(engine):
+    (plain,) = run(engine, PROMPTS[0], GREEDY).outputs
+    (silent,) = run(engine, PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=12, detokenize=False)).outputs
+    assert (silent.text, silent.token_ids) == ("", plain.token_ids)
+    assert plain.text
+
+
+def test_a_request_that_rules_out_every_token_fails_alone(engine):
+    alone = tokens(run(engine, PROMPTS[0], DRAWN))
+    engine.add_request("stays", PROMPTS[0], DRAWN)
+    params = SamplingParams(n=2, allowed_token_ids=[5], min_tokens=1, stop_token_ids=[5])
+    engine.add_request("fails", PROMPTS[3], params)
+    outputs = finish(engine)
+    assert outputs["fails"].error == "no token may be drawn: the request's parameters rule out all of them"
+    assert [(sample.finish_reason, sample.token_ids) for sample in outputs["fails"].outputs] == [("error", ())] * 2
+    assert tokens(outputs["stays"]) == alone
