@@ -1,8 +1,7 @@
 """Which beams go on, and which hypotheses have ended: beam search as Hugging Face's `generate` defines it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,9 +42,9 @@ class BeamSearch:
       max_tokens: at which all end; `params.max_tokens`, or less where the model's length allows no more.
 
     >>> search = BeamSearch(BeamSearchParams(beam_width=2), frozenset({0}), max_tokens=2)
-    >>> search.advance([[5, 7, 6, 0]], [[-0.1, -2.5, -3.0, -9.0]])
+    >>> search.advance(np.array([[5, 7, 6, 0]]), np.array([[-0.1, -2.5, -3.0, -9.0]]))
     [Continuation(parent=0, token_id=5), Continuation(parent=0, token_id=7)]
-    >>> search.advance([[6, 0], [4, 0]], [[-1.0, -0.5], [-0.2, -3.0]])
+    >>> search.advance(np.array([[6, 0], [4, 0]]), np.array([[-1.0, -0.5], [-0.2, -3.0]]))
     []
     >>> [hypothesis.token_ids for hypothesis in search.best()]
     [(5, 0), (5, 6)]
@@ -58,10 +57,8 @@ class BeamSearch:
         self.running: list[Hypothesis] = [Hypothesis((), 0.0)]  # best first, in the order of their continuations
         self._ended: list[Hypothesis] = []  # best first, at most beam_width
 
-    def advance(
-        self, token_ids: Sequence[Sequence[int]] | np.ndarray, logprobs: Sequence[Sequence[float]] | np.ndarray
-    ) -> list[Continuation]:
-        """Takes each running beam's likeliest next tokens, at least `num_candidates` unless there are fewer.
+    def advance(self, token_ids: np.ndarray, logprobs: np.ndarray) -> list[Continuation]:
+        """Takes each running beam's likeliest next tokens [beams, n], at least `num_candidates` unless there are fewer.
 
         Returns the beams that run on, best first; none if the search is over.
         """
@@ -81,14 +78,13 @@ class BeamSearch:
         """At most `beam_width` hypotheses by their score, those that ended before those that run."""
         return [*self._ended, *self.running][: self._params.beam_width]
 
-    def _candidates(self, token_ids: Any, logprobs: Any) -> list[tuple[Continuation, float]]:
+    def _candidates(self, token_ids: np.ndarray, logprobs: np.ndarray) -> list[tuple[Continuation, float]]:
         """The likeliest continuations of all beams together, best first, with their log-probability."""
-        sums = np.asarray(logprobs, np.float64) + np.array([[beam.logprob] for beam in self.running])
-        ids = np.asarray(token_ids)
+        sums = logprobs.astype(np.float64) + np.array([[beam.logprob] for beam in self.running])
         order = np.argsort(-sums, axis=None, kind="stable")[: num_candidates(self._params, len(self._end_token_ids))]
         parents, places = np.unravel_index(order, sums.shape)
         return [
-            (Continuation(int(parent), int(ids[parent, place])), float(sums[parent, place]))
+            (Continuation(int(parent), int(token_ids[parent, place])), float(sums[parent, place]))
             for parent, place in zip(parents, places, strict=True)
         ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import KVCache, PagedBatch
+from pallas_kernels import HostPool, KVCache, PagedBatch, copy_blocks
 
 from .sampler import (
     IN_PROMPT,
@@ -26,10 +26,12 @@ from .sampler import (
     sampling_keys,
     top_logprobs,
 )
-from .sampling_params import SamplingParams
+from .sampling_params import MAX_LOGPROBS, SamplingParams
+from .sampling_rows import pad, power_of_two
 from .scheduler_output import SchedulerOutput
 from .step_inputs import StepBuilder, StepInputs, StepShape
 
+MIN_COPIES = 8
 LOGITS_TILE = 64  # tokens of a prompt whose logits are held at once
 
 
@@ -87,7 +89,7 @@ class StepInFlight(NamedTuple):
     """A step that the device has been given."""
 
     output: SchedulerOutput
-    sampled: "_Sampled"
+    sampled: "_Sampled | None"  # None: it only moves blocks
     wanted: list[tuple[int, int, int, int]]  # seq_id, start, and first and last token index, of prompt_logprobs
 
 
@@ -107,6 +109,7 @@ class Runner:
     Args:
       model: see `Model`.
       num_blocks, block_size: of the cache, which takes the dtype of the model's parameters.
+      num_host_blocks: of the pool in the host's memory that blocks are swapped to.
       max_num_seqs, max_num_batched_tokens, max_model_len: the scheduler's limits.
       on_compile: told the shape before a step is compiled for it, which takes seconds.
     """
@@ -116,6 +119,7 @@ class Runner:
         model: Model,
         *,
         num_blocks: int,
+        num_host_blocks: int = 0,
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -138,6 +142,7 @@ class Runner:
         )
         self._new_state = partial(_new_state, model.config, num_blocks, block_size, max_num_seqs, self._leaves[0].dtype)
         self._state = self._new_state()
+        self._host_pool = HostPool(num_host_blocks)
         self._said: Array | None = None  # [rows, vocab], see `Penalties`; once a request has penalties
         self._said_shape = (max_num_seqs, model.config.vocab_size)
         self._on_compile = on_compile
@@ -146,8 +151,12 @@ class Runner:
 
     def start(self, output: SchedulerOutput) -> StepInFlight:
         """Gives the device a step, after those it was given before. If it raises, see `reset`."""
-        shape, inputs = self._builder.build(output)
+        self._builder.update_rows(output)
         self._count_said(output)
+        self._move_blocks(output)
+        if not output.num_tokens:
+            return StepInFlight(output, None, [])
+        shape, inputs = self._builder.build(output)
         is_new = shape not in self.compile_seconds
         if is_new:
             self._on_compile(shape)
@@ -161,27 +170,50 @@ class Runner:
         self._state = state._replace(said=None)
         if is_new:
             self.compile_seconds[shape] = time.perf_counter() - start
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
         return StepInFlight(output, sampled, self._wanted_prompt_logprobs(output) if shape.prompt_logprobs else [])
 
     def finish(self, step: StepInFlight) -> StepResult:
         """Waits for a step's samples. If it raises, see `reset`."""
+        if step.sampled is None:
+            nothing = np.zeros((0, MAX_LOGPROBS))
+            return StepResult([], [], nothing.astype(np.int32), nothing.astype(np.float32), [])
         token_ids, logprobs, top_token_ids, top_logprobs, of_prompts = jax.device_get(step.sampled)
         n = len(step.output.samples)
-        drawn = token_ids[:n].tolist()
-        for row, token_id in zip(step.output.samples.rows.tolist(), drawn, strict=True):
-            self._builder.rows.record(row, token_id)
         prompt_logprobs = [
             PromptLogprobs(seq_id, start, *(array[first:end] for array in of_prompts))
             for seq_id, start, first, end in step.wanted
         ]
-        return StepResult(drawn, logprobs[:n].tolist(), top_token_ids[:n], top_logprobs[:n], prompt_logprobs)
+        return StepResult(
+            token_ids[:n].tolist(), logprobs[:n].tolist(), top_token_ids[:n], top_logprobs[:n], prompt_logprobs
+        )
+
+    def record(self, output: SchedulerOutput, result: StepResult) -> None:
+        """The tokens that a step has sampled are known to the host from here on."""
+        samples = output.samples
+        for seq_id, row, token_id in zip(samples.seq_ids, samples.rows.tolist(), result.token_ids, strict=True):
+            self._builder.rows.record(seq_id, row, token_id)
 
     def reset(self) -> None:
-        """Empties the cache after a failure: it was donated to a step that never came back, or written by one that
-        failed. The memory goes before the new is taken."""
+        """Empties cache and host pool after a failure: they were donated to a step that never came back, or written
+        by one that failed. The memory goes before the new is taken."""
         self._said = None
         del self._state
         self._state = self._new_state()
+        self._host_pool = HostPool(self._host_pool.num_blocks)
+
+    def _move_blocks(self, output: SchedulerOutput) -> None:
+        cache = self._state.cache
+        if output.swap_out:
+            self._host_pool.store(cache, np.array(output.swap_out, np.int32))
+        if output.swap_in:
+            cache = self._host_pool.load(cache, np.array(output.swap_in, np.int32))
+            self._state = self._state._replace(cache=cache)
+        if output.copies:
+            pairs = np.array(output.copies, np.int32)
+            pairs = pad(pairs, max(MIN_COPIES, power_of_two(len(pairs))), -1)
+            self._state = self._state._replace(cache=_copy_blocks(cache, pairs))
 
     def _count_said(self, output: SchedulerOutput) -> None:
         """What the new occupants of rows with penalties have said before."""
@@ -210,6 +242,9 @@ class _State(NamedTuple):
     cache: KVCache
     last_tokens: Array  # int32 [rows]: what each row sampled last
     said: Array | None  # int32 [rows, vocab], in steps with penalties
+
+
+_copy_blocks = partial(jax.jit, donate_argnums=0)(copy_blocks)
 
 
 @partial(jax.jit, donate_argnums=0)

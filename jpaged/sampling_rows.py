@@ -72,6 +72,7 @@ class SamplingRows:
         self._stop_token_ids: list[np.ndarray] = [_ids(())] * max_num_seqs
         self._always: list[_Edits] = [_no_edits()] * max_num_seqs  # biases, and bad words of one token
         self._bad_words: list[tuple[tuple[int, ...], ...]] = [()] * max_num_seqs  # those of several tokens
+        self._seq_ids = [-1] * max_num_seqs
         self._generated: list[list[int]] = [[] for _ in range(max_num_seqs)]  # where bad words need them
         self._allowed: np.ndarray | None = None  # [max_num_seqs, words], once a row is restricted
 
@@ -105,14 +106,15 @@ class SamplingRows:
             [*biases, *single],
             [*biases.values(), *[-np.inf] * len(single)],
         )
+        self._seq_ids[row] = new.seq_id
         self._bad_words[row] = several
         self._generated[row] = list(new.token_ids[new.prompt_len :]) if several else []
         if params.allowed_token_ids is not None or self._allowed is not None:
             self._allow(row, params)
 
-    def record(self, row: int, token_id: int) -> None:
-        """The row's next token has become known."""
-        if self._bad_words[row]:
+    def record(self, seq_id: int, row: int, token_id: int) -> None:
+        """The row's next token has become known; of no interest where it has another occupant by now."""
+        if self._bad_words[row] and self._seq_ids[row] == seq_id:
             self._generated[row].append(token_id)
 
     def is_penalized(self, rows: np.ndarray) -> bool:

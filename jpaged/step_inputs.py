@@ -73,9 +73,18 @@ class StepBuilder:
         self._prompts: dict[int, tuple[int, ...]] = {}  # by row, of those that want prompt_logprobs
         self.rows = SamplingRows(max_num_seqs, vocab_size)
 
+    def update_rows(self, output: SchedulerOutput) -> None:
+        """Takes in what a step changes of rows and tables."""
+        for new in output.new_rows:
+            self.rows.occupy(new)
+            self._prompts.pop(new.row, None)
+            if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
+                self._prompts[new.row] = tuple(new.token_ids[: new.prompt_len])
+        for row, first, block_ids in output.table_updates:
+            self._tables[row, first : first + len(block_ids)] = block_ids
+
     def build(self, output: SchedulerOutput) -> tuple[StepShape, StepInputs]:
-        """Takes in what changed of the rows, and returns the step, which must have tokens."""
-        self._update_rows(output)
+        """The step, which must have tokens; `update_rows` comes first."""
         sequences, n = output.sequences, output.num_tokens
         row, start, lens = sequences.rows, sequences.starts, sequences.lengths
         is_decode = bool(lens.max() == 1)
@@ -124,15 +133,6 @@ class StepBuilder:
         """Of how many of a sequence's tokens in a step the successor's log-probability is asked for."""
         prompt_len = len(self._prompts.get(sequence.row, ()))
         return max(0, min(sequence.num_tokens, prompt_len - 1 - sequence.start))
-
-    def _update_rows(self, output: SchedulerOutput) -> None:
-        for new in output.new_rows:
-            self.rows.occupy(new)
-            self._prompts.pop(new.row, None)
-            if isinstance(new.params, SamplingParams) and new.params.prompt_logprobs is not None:
-                self._prompts[new.row] = tuple(new.token_ids[: new.prompt_len])
-        for row, first, block_ids in output.table_updates:
-            self._tables[row, first : first + len(block_ids)] = block_ids
 
     def _next_prompt_tokens(self, output: SchedulerOutput, ends: np.ndarray, T: int) -> np.ndarray:
         if not self._prompts:

@@ -126,10 +126,11 @@ def test_ends_of_bad_words(rows):
     assert real_edits(lay_out(rows, (0, 3))) == []  # nothing generated yet, whatever the prompt ends with
     after_7 = (0, 8, -np.inf, 7)
     assert real_edits(lay_out(rows, (0, 4))) == [after_7]  # one token generated, not known here
-    rows.record(0, 5)
+    rows.record(100, 0, 5)
     assert real_edits(lay_out(rows, (0, 4))) == [after_7]  # the same when it is
     assert real_edits(lay_out(rows, (0, 5))) == [after_7, (0, 9, -np.inf, 6)]  # 5, and one unknown
-    rows.record(0, 6)
+    rows.record(100, 0, 6)
+    rows.record(99, 0, 7)  # what the row's last occupant still brings
     assert real_edits(lay_out(rows, (0, 5))) == [after_7, (0, 9, -np.inf, 6)]
     assert real_edits(lay_out(rows, (0, 6))) == [after_7]  # 5, 6, and one unknown
 
