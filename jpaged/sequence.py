@@ -1,8 +1,10 @@
 """One sample's tokens (`Sequence`) and the request it belongs to (`SequenceGroup`)."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .beam_search_params import BeamSearchParams
 from .sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error", "abort"]
@@ -25,7 +27,10 @@ class Sequence:
     # Written by the Scheduler alone.
     token_ids: list[int]  # prompt + generated
     num_computed: int = field(default=0, init=False)  # tokens in the cache; not kept up while in the DecodeBatch
-    prefill_len: int = field(default=0, init=False)  # tokens known when the row was given
+    num_slots: int = field(default=0, init=False)  # tokens that its blocks have room for; 0: it holds none
+    num_committed: int = field(default=0, init=False)  # tokens committed to the BlockManager
+    packed_ids: array[int] | None = field(default=None, init=False)  # token_ids, while they are being computed
+    is_decoding: bool = field(default=False, init=False)  # a member of the DecodeBatch
     row: int | None = field(default=None, init=False)  # in the runner's state, as long as the sequence runs
     finish_reason: FinishReason | None = field(default=None, init=False)
 
@@ -52,7 +57,7 @@ class SequenceGroup:
     # Set once, by the engine.
     request_id: str
     sequences: list[Sequence]  # to which Scheduler.fork adds
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     stop_token_ids: frozenset[int]  # params.stop_token_ids and, unless params.ignore_eos, the EOS tokens
     seed: int  # params.seed, or the engine's choice
     max_len: int  # tokens a sequence may reach: prompt + max_tokens, at most the model's length
@@ -64,8 +69,17 @@ class SequenceGroup:
     keeps_prefix: bool = False  # the blocks that its prompt fills stay held until Scheduler.release_prefix
 
     # Written by the Scheduler alone.
+    order: tuple[int, int] = field(default=(0, 0), init=False)  # priority, arrival: the lower is served first
+    spare_rows: list[int] = field(default_factory=list, init=False)  # for sequences that are still to be forked
+    is_forked: bool = field(default=True, init=False)  # else the first sequence computes the prompt of all
+    is_swapped: bool = field(default=False, init=False)  # its blocks are on the host
     error: str | None = field(default=None, init=False)  # why the sequences ended with "error"
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt, found when first admitted
+
+    @property
+    def min_tokens(self) -> int:
+        """None of so many first tokens ends a sequence."""
+        return self.params.min_tokens if isinstance(self.params, SamplingParams) else 0
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still want tokens, in order of their index."""
