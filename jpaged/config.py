@@ -33,6 +33,10 @@ class EngineConfig:
     preemption: Literal["auto", "swap", "recompute"] = "auto"
     """What becomes of the request that came last when blocks run out: "swap" copies its blocks to the host while
     there is room and back later, "recompute" computes its tokens anew, "auto" swaps requests of several sequences."""
+    batch_invariant: bool = False
+    """Give a request's tokens and log-probabilities the same bits alone and in any batch, preempted or not, with a
+    warm prefix cache or a cold one. Every step then has one shape, of `max_num_seqs` tokens: prompts are computed in
+    chunks of no more, token by token in attention, and a batch of few sequences costs as much as a full one."""
     memory_utilization: float = 0.9
     """Share of a GPU's memory that weights and cache may take, the rest being for activations. On a CPU, where memory
     is everybody's, `num_blocks=None` takes up to 2 GiB for the cache, and no more than this share of half of what is
@@ -51,6 +55,7 @@ class EngineConfig:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
         check_int("num_host_blocks", self.num_host_blocks, 0)
         check_bool("enable_prefix_caching", self.enable_prefix_caching)
+        check_bool("batch_invariant", self.batch_invariant)
         if self.preemption not in ("auto", "swap", "recompute"):
             raise ValueError(f'preemption: expected "auto", "swap" or "recompute", got {self.preemption!r}')
         if self.preemption == "swap" and self.num_host_blocks == 0:

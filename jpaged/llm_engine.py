@@ -127,10 +127,13 @@ class LLMEngine:
             num_host_blocks=config.num_host_blocks,
             prefix_caching=config.enable_prefix_caching,
         )
+        max_num_batched_tokens = config.max_num_batched_tokens
+        if config.batch_invariant:
+            max_num_batched_tokens = min(max_num_batched_tokens, config.max_num_seqs)
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
             preemption=config.preemption,
         )
         self._runner = Runner(
@@ -139,8 +142,9 @@ class LLMEngine:
             num_host_blocks=config.num_host_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            batch_invariant=config.batch_invariant,
             on_compile=on_compile,
         )
         self._flights: deque[_Flight] = deque()  # in the order in which they run; at most two

@@ -111,6 +111,7 @@ class Runner:
       num_blocks, block_size: of the cache, which takes the dtype of the model's parameters.
       num_host_blocks: of the pool in the host's memory that blocks are swapped to.
       max_num_seqs, max_num_batched_tokens, max_model_len: the scheduler's limits.
+      batch_invariant: see `EngineConfig`.
       on_compile: told the shape before a step is compiled for it, which takes seconds.
     """
 
@@ -124,6 +125,7 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        batch_invariant: bool = False,
         on_compile: Callable[[StepShape], None] = lambda shape: None,
     ) -> None:
         # A call with flat leaves is dispatched several times faster than one with a module.
@@ -139,6 +141,7 @@ class Runner:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             vocab_size=model.config.vocab_size,
+            batch_invariant=batch_invariant,
         )
         self._new_state = partial(_new_state, model.config, num_blocks, block_size, max_num_seqs, self._leaves[0].dtype)
         self._state = self._new_state()

@@ -50,11 +50,23 @@ class StepInputs(NamedTuple):
     next_prompt_tokens: Int32[Any, " T"]
 
 
+class _Paged(NamedTuple):
+    """What the sequences of a `PagedBatch` are, without padding."""
+
+    rows: np.ndarray  # whose block tables they have
+    context_lens: np.ndarray
+    query_starts: np.ndarray
+    num_decodes: int
+
+
 class StepBuilder:
     """Remembers each row's block table and sampling parameters, and lays out steps padded to few shapes.
 
     Decodes are padded to 1 sequence, or to a power of two of at least `MIN_SEQS`. A step with prefills is padded to a
     power of two of tokens, or three quarters of one, and to `MIN_SEQS` or else `max_num_seqs` sequences.
+
+    If `batch_invariant`, every step is padded to one shape, and each of its tokens is laid out as a sequence of its
+    own, a decode: what is computed for a token, and by which program, then depends on no other token of the step.
     """
 
     def __init__(
@@ -65,7 +77,9 @@ class StepBuilder:
         max_num_batched_tokens: int,
         max_model_len: int,
         vocab_size: int,
+        batch_invariant: bool = False,
     ) -> None:
+        self._batch_invariant = batch_invariant
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -87,12 +101,15 @@ class StepBuilder:
         """The step, which must have tokens; `update_rows` comes first."""
         sequences, n = output.sequences, output.num_tokens
         row, start, lens = sequences.rows, sequences.starts, sequences.lengths
-        is_decode = bool(lens.max() == 1)
-        T, R = self._padded(n, max(len(sequences), len(output.samples)), is_decode)
-
         ends = np.cumsum(lens, dtype=np.int32)
         of_token = np.repeat(np.arange(len(sequences)), lens)  # each token's sequence
         position = np.arange(n, dtype=np.int32) + (start + lens - ends)[of_token]
+        paged = _Paged(row, start + lens, np.append(np.int32(0), ends), sequences.num_decodes)
+        if self._batch_invariant:
+            paged = _Paged(row[of_token], position + 1, np.arange(n + 1, dtype=np.int32), n)
+        is_decode = paged.num_decodes == n
+        T, R = self._padded(n, max(len(paged.rows), len(output.samples)), is_decode)
+
         token_ids = np.zeros(T, np.int32)
         token_ids[: sequences.num_sampled] = -1 - row[: sequences.num_sampled]
         token_ids[sequences.num_sampled : n] = sequences.token_ids
@@ -105,11 +122,11 @@ class StepBuilder:
         inputs = StepInputs(
             token_ids=token_ids,
             positions=pad(position, T),
-            block_tables=pad(self._tables[row], R),
-            context_lens=pad(start + lens, R),
-            query_starts=pad(np.append(np.int32(0), ends), R + 1, n),
+            block_tables=pad(self._tables[paged.rows], R),
+            context_lens=pad(paged.context_lens, R),
+            query_starts=pad(paged.query_starts, R + 1, n),
             slot_mapping=pad(slot, T, -1),
-            num_decodes=np.array(sequences.num_decodes, np.int32),
+            num_decodes=np.array(paged.num_decodes, np.int32),
             token_index=pad(token_index, R),
             rows=pad(sample_row, R, self._max_num_seqs),
             sample_positions=pad(sample_position, R),
@@ -148,6 +165,9 @@ class StepBuilder:
         return following if is_wanted else following[:0]
 
     def _padded(self, num_tokens: int, num_seqs: int, is_decode: bool) -> tuple[int, int]:
+        if self._batch_invariant:
+            R = max(MIN_SEQS, self._max_num_seqs)
+            return R, R
         if is_decode:
             R = 1 if num_seqs == 1 else min(max(MIN_SEQS, power_of_two(num_seqs)), self._max_num_seqs)
             return R, R
