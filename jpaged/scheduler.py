@@ -531,7 +531,7 @@ class Scheduler:
 
     def _end_if_done(self, group: SequenceGroup, sequence: Sequence) -> None:
         num_tokens = len(sequence.token_ids)
-        may_stop = num_tokens - sequence.prompt_len > group.params.min_tokens
+        may_stop = num_tokens - sequence.prompt_len > group.min_tokens
         if may_stop and sequence.token_ids[-1] in group.stop_token_ids:
             self._end(group, sequence, "stop")
         elif num_tokens >= group.max_len:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from jaxtyping import Int32
 
+from .beam_search_params import BeamSearchParams
 from .block_manager import BlockCopy
 from .sampling_params import SamplingParams
 
@@ -39,10 +40,11 @@ class NewRow(NamedTuple):
     seq_id: int
     sample_index: int  # the sequence's, within its request
     prompt_len: int
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     seed: int
     stop_token_ids: frozenset[int]
     token_ids: tuple[int, ...]  # all that are known, prompt and generated: those in the cache are not sent again
+    bad_words: tuple[tuple[int, ...], ...] = ()  # in tokens
 
 
 class TableUpdate(NamedTuple):

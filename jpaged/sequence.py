@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .beam_search_params import BeamSearchParams
 from .sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error", "abort"]
@@ -56,10 +57,11 @@ class SequenceGroup:
     # Set once, by the engine.
     request_id: str
     sequences: list[Sequence]  # to which Scheduler.fork adds
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     stop_token_ids: frozenset[int]  # params.stop_token_ids and, unless params.ignore_eos, the EOS tokens
     seed: int  # params.seed, or the engine's choice
     max_len: int  # tokens a sequence may reach: prompt + max_tokens, at most the model's length
+    bad_words: tuple[tuple[int, ...], ...] = ()  # params.bad_words, each way of spelling them in tokens
     priority: int = 0  # lower is served first; among equals, who came first
     cache_salt: str | None = None  # blocks are shared only with requests of the same salt
     beam_width: int | None = None  # not None: the host chooses every token, for up to so many unfinished sequences
@@ -73,6 +75,11 @@ class SequenceGroup:
     is_swapped: bool = field(default=False, init=False)  # its blocks are on the host
     error: str | None = field(default=None, init=False)  # why the sequences ended with "error"
     num_cached_tokens: int | None = field(default=None, init=False)  # of the prompt, found when first admitted
+
+    @property
+    def min_tokens(self) -> int:
+        """None of so many first tokens ends a sequence."""
+        return self.params.min_tokens if isinstance(self.params, SamplingParams) else 0
 
     def unfinished(self) -> list[Sequence]:
         """The sequences that still want tokens, in order of their index."""

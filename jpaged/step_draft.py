@@ -58,6 +58,7 @@ class StepDraft:
                 group.seed,
                 group.stop_token_ids,
                 tuple(sequence.token_ids),
+                group.bad_words,
             )
         )
 
