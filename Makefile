@@ -2,9 +2,10 @@
 # PYTHON=/path/to/python3 chooses the interpreter (3.12 or newer); without it scripts/find_python does.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format constraints clean
+.PHONY: help demo test aot lint format constraints clean
 
 PY := .venv/bin/python
+PY_AOT := .venv-aot/bin/python
 # pyright would ask the package index for a newer self at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -14,8 +15,12 @@ help:  ## List the targets
 demo: .venv/ready  ## Answer a handful of prompts with the demo model
 	@$(PY) examples/demo.py
 
-test: lint  ## Lint, then run the tests (ARGS="-k name" goes to pytest)
+test: lint  ## Lint, then run all tests (with ARGS="-k name" for pytest: those of the CPU that it selects)
 	@$(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory aot)
+
+aot: .venv-aot/ready  ## Compile the kernels for GPUs that are not here, and check their machine code (ARGS too)
+	@$(PY_AOT) -m pytest -m aot tests/aot $(ARGS)
 
 lint: .venv/ready  ## ruff (rules and format) and pyright
 	@$(PY) -m ruff check --quiet .
@@ -26,13 +31,13 @@ format: .venv/ready  ## Let ruff fix and format what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-constraints: .venv/ready  ## Write the versions of .venv to constraints.txt
+constraints: .venv-aot/ready  ## Write the versions of both environments to constraints.txt
 	@{ echo "# The versions jpaged is tested with; written by make constraints."; \
-	   $(PY) -m pip freeze --exclude-editable --exclude jpaged; } > constraints.tmp
+	   $(PY_AOT) -m pip freeze --exclude-editable --exclude jpaged; } > constraints.tmp
 	@mv constraints.tmp constraints.txt && touch .venv/ready
 
 clean:  ## Remove .venv, caches and build outputs
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv/ready names the folder that .venv was made for: a moved or copied tree sets up again.
@@ -51,3 +56,12 @@ endif
 	@echo "Installing jpaged and what it needs into .venv (about 1 GB, once)"
 	@$(PY) -m pip install -qq --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	@rm .venv/incomplete && echo "$(CURDIR)" > $@
+
+# The CUDA plugin lives apart: next to JAX it would look for a card, in vain and aloud, wherever JAX starts.
+.venv-aot/ready: .venv/ready
+	@echo "Installing the CUDA compiler into .venv-aot (about 0.6 GB, once)"
+	@rm -rf .venv-aot && $(PY) -m venv .venv-aot
+	@$(PY) -c 'import sysconfig; print(f"import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})")' \
+	   > "$$($(PY_AOT) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@$(PY_AOT) -m pip install -qq --disable-pip-version-check -e ".[aot]" -c constraints.txt
+	@touch $@

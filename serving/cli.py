@@ -1,4 +1,4 @@
-"""The command `jpaged`: generate, chat, pull."""
+"""The command `jpaged`: generate, chat, pull, compile."""
 
 import json
 import os
@@ -201,6 +201,43 @@ def pull(
     from models.demo import pull
 
     typer.echo(pull(name))
+
+
+@app.command("compile")
+def compile_kernels(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORD]...", help="Compile what has each of these words in its name, as in `causal`."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="The GPU, which need not be there: h100, h200 or b200.")] = "h100",
+    inner_loop: Annotated[bool, typer.Option("--inner-loop", help="Show the cost of the inner loops, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Compile the kernels for a GPU, over real shapes, and show what they take of it.
+
+    Needs the extra `aot`. Ends with code 1 where a kernel spills registers, waits in a wrong order or fails to compile.
+
+    With --json, standard output has one object a program and nothing else, with the keys program, gpu, flops, bytes,
+    bound (compute or memory), seconds (at least, by that bound), faults, temporary_bytes, and kernels.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # read when JAX is imported: the card is described, not looked for
+    from .compile import compile_entries, kernel_table, loop_table, record, select
+
+    results = []
+    for result in compile_entries(select(words or ()), gpu, Console(stderr=True)):
+        results.append(result)
+        if as_json:
+            typer.echo(record(result))
+    if not as_json:
+        console = Console()
+        console.print(kernel_table(results, gpu))
+        if inner_loop:
+            console.print(loop_table(results, gpu))
+    faults = [f"{result.entry.name}: {fault}" for result in results for fault in result.faults]
+    for fault in faults:
+        complain(fault)
+    if faults:
+        raise typer.Exit(1)
 
 
 def load(model: str, *, quiet: bool = False, **config: Any) -> "LLM":

@@ -1,0 +1,99 @@
+"""The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a line or a function."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import BlockMask, flash_attention
+
+Program = tuple[Callable, tuple]  # a function, and pytrees of arrays or of their shapes as its arguments
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One program. `build` is called where the GPU's mesh is in force.
+
+    flops: of its matmuls. bytes: that device memory must move; None: the arguments and the results, each once.
+    pending: wgmma groups that it keeps in flight where it frees shared memory (`Sass.findings`).
+    """
+
+    name: str
+    build: Callable[[], Program]
+    flops: float
+    bytes: float | None = None
+    pending: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of `length` tokens, N query heads and K key and value heads of H."""
+
+    name: str
+    B: int
+    length: int
+    N: int
+    K: int
+    H: int
+
+
+LLAMA_3_8B = Shape("llama-3-8b", 1, 8192, 32, 8, 128)
+GPT_2 = Shape("gpt-2", 8, 1024, 12, 12, 64)
+HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in (64, 128, 256))
+
+
+def kernel_list() -> list[Entry]:
+    """All entries, in the order of the printed table."""
+    return [*flash_entries(LLAMA_3_8B, "causal"), *flash_entries(GPT_2, "causal")] + [
+        entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)
+    ]
+
+
+# The options of `flash_attention`, by what they ask for.
+FLASH_OPTIONS: dict[str, Callable[[Shape], dict[str, Any]]] = {
+    "full": lambda shape: {},
+    "causal": lambda shape: {"is_causal": True},
+    "window": lambda shape: {"is_causal": True, "local_window_size": (shape.length // 4, 0)},
+    "soft-cap": lambda shape: {"is_causal": True, "logits_soft_cap": 30.0},
+    "lengths": lambda shape: {"key_value_seq_lengths": jnp.full(shape.B, shape.length, jnp.int32)},
+    "segments": lambda shape: {"is_causal": True, "segment_ids": jnp.zeros((shape.B, shape.length), jnp.int32)},
+    "block-mask": lambda shape: {"block_mask": BlockMask.butterfly(shape.length, shape.length)},
+    "dropout": lambda shape: {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},
+}
+
+
+def flash_entries(shape: Shape, name: str) -> Iterator[Entry]:
+    """Flash attention with the options of that name, forward and backward."""
+    options = FLASH_OPTIONS[name](shape)
+    arrays = {key: value for key, value in options.items() if isinstance(value, jax.Array | BlockMask)}
+    static = {key: value for key, value in options.items() if key not in arrays}
+    query = jax.ShapeDtypeStruct((shape.B, shape.length, shape.N, shape.H), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((shape.B, shape.length, shape.K, shape.H), jnp.bfloat16)
+
+    def forward(query, key, value, arrays):
+        return flash_attention(query, key, value, implementation="mosaic", **arrays, **static)
+
+    def build_backward() -> Program:
+        def saved(*qkv_and_arrays):  # the gradient's function is a pytree of what forward saves for it
+            *qkv, arrays = qkv_and_arrays
+            return jax.vjp(lambda *qkv: forward(*qkv, arrays), *qkv)[1]
+
+        return lambda gradient, dout: gradient(dout), (jax.eval_shape(saved, query, key, key, arrays), query)
+
+    flops = 4 * shape.B * shape.N * shape.H * _pairs(shape, options)
+    yield Entry(f"flash-forward {shape.name} {name}", lambda: (forward, (query, key, key, arrays)), flops)
+    # Five matmuls (FlashAttention-2, arXiv 2307.08691, section 4.1), where forward has two.
+    yield Entry(f"flash-backward {shape.name} {name}", build_backward, 2.5 * flops)
+
+
+def _pairs(shape: Shape, options: dict[str, Any]) -> float:
+    """How many queries and keys of a head meet, where neither lengths nor segments hide any."""
+    length = shape.length
+    if "block_mask" in options:
+        return length**2 * float(options["block_mask"].density)
+    if "is_causal" not in options:
+        return length**2
+    seen = options.get("local_window_size", (length - 1, 0))[0] + 1  # by the last row
+    return seen * length - seen * (seen - 1) / 2
