@@ -11,4 +11,6 @@ from .host_pool import HostPool as HostPool
 from .kv_cache import KVCache as KVCache
 from .paged_attention import paged_attention as paged_attention
 from .paged_batch import PagedBatch as PagedBatch
+from .rotary import rotate as rotate
+from .write_kv import rotate_and_write_kv as rotate_and_write_kv
 from .write_kv import write_kv as write_kv

@@ -29,7 +29,8 @@ class Call(NamedTuple):
 def prepare(
     query: Any, key: Any, value: Any, bias: Any, mask: Any,
     *, scale: Any, is_causal: Any, query_offset: Any, query_seq_lengths: Any, key_value_seq_lengths: Any,
-    segment_ids: Any, local_window_size: Any, logits_soft_cap: Any, block_mask: Any, dropout_rate: Any, dropout_rng: Any,
+    segment_ids: Any, local_window_size: Any, logits_soft_cap: Any, block_mask: Any,
+    dropout_rate: Any, dropout_rng: Any,
 ) -> Call:  # fmt: skip
     """Check everything that can be checked from shapes, dtypes and Python values.
 

@@ -7,41 +7,63 @@ with P kept in registers. While one has its softmax, the tensor cores work for t
 """
 
 import functools
-import math
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
 from .devices import interpreted
+from .flash_attention_mosaic_backward import backward as backward
 from .flash_forward_config import ForwardConfig, default_config
 from .mosaic_common import (
+    LOG2E,
     PANEL,
     WGMMA,
     Ref,
     Scalar,
     broadcast,
     drain,
+    dropout_row_keys,
     load_tile,
     multiply_transposed,
+    padded,
     positions,
     slot,
     store_tile,
     tile_memory,
     tile_views,
 )
-from .mosaic_visits import Side, Visits
+from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
 
-LOG2E = math.log2(math.e)
 # Where the running maximum starts: finite, so that rows that have seen nothing give exp2(-inf - start) = 0 and not NaN.
 LEAST = -1e30
+
+
+def unsupported(query: Array, key: Array, value: Array, operands: AttentionOperands, spec: AttentionSpec) -> str | None:
+    """Why the Hopper kernels cannot serve, or None."""
+    (_, T, _, H), S = query.shape, key.shape[1]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its kernels take bfloat16 and float16, not {query.dtype}"
+    if H > 256:
+        return f"its kernels take head dims up to 256, not {H}"
+    if min(T, S) == 0 or query.shape[0] == 0:
+        return f"its kernels take no empty array, and the shapes are {query.shape} and {key.shape}"
+    for name, array in (("a bias", operands.bias), ("a dense mask", operands.mask)):
+        if array is not None:
+            return f"its kernels have no {name}: segment ids, lengths, windows and block masks cost less"
+    blocks = operands.block_mask
+    if blocks is not None and (blocks.block_q % 64 or blocks.block_kv % 64):
+        return f"its kernels take block masks in multiples of 64, not {blocks.block_q} x {blocks.block_kv}"
+    return None
 
 
 def forward(
@@ -50,198 +72,295 @@ def forward(
     value: Float[Array, "B S K H"],
     operands: AttentionOperands,
     spec: AttentionSpec,
+    config: ForwardConfig | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    return attend(query, key, value, operands, spec, default_config(query.shape[-1], operands, spec))
+    """The output, in the inputs' dtype, and the float32 log-sum-exp; -inf in rows that see no key.
+
+    Args:
+      query, key, value: bfloat16 or float16; H at most 256. H that is no multiple of 64 is padded.
+      operands, spec: what hides entries, the soft cap, and dropout; `operands.bias` and `operands.mask` are None.
+      config: tiles; None takes `default_config`.
+
+    >>> out, lse = forward(q, k, v, AttentionOperands(), AttentionSpec(scale=0.125, upper=0))  # doctest: +SKIP
+    """
+    H = query.shape[-1]
+    padding = ((0, 0), (0, 0), (0, 0), (0, -H % PANEL))
+    query, key, value = (x if H % PANEL == 0 else jnp.pad(x, padding) for x in (query, key, value))
+    out, lse = _run(config or default_config(query.shape[-1], operands, spec), operands, spec, query, key, value)
+    return out[..., :H], lse
 
 
-def attend(query, key, value, operands, spec, config):
+@dataclass(frozen=True)
+class _Launch:
+    """One launch of the kernel: what is static about it."""
+
+    config: ForwardConfig
+    spec: AttentionSpec
+    visits: Visits
+    heads: int
+    group: int  # query heads a kv head
+    panels: int
+    dtype: jnp.dtype
+
+    def memory(self) -> dict[str, Any]:
+        """The shared memory of a block."""
+        config, panels, dtype = self.config, self.panels, self.dtype
+        rows, keys, warpgroups, stages = config.rows, config.keys, config.warpgroups, config.stages
+        full = plgpu.Barrier(num_arrivals=panels, num_barriers=stages)
+        free = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+        memory = {
+            "q": tile_memory(warpgroups, panels, rows, PANEL, dtype=dtype),
+            "k": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
+            "v": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
+            "lse": plgpu.SMEM((warpgroups, rows), jnp.float32),
+            "q_full": plgpu.Barrier(num_arrivals=panels, num_barriers=warpgroups),
+            "k_full": full,
+            "v_full": full,
+            "k_free": free,
+            "v_free": free,
+        }
+        if interpreted():
+            vector = plgpu.SMEM((warpgroups, rows), jnp.float32)
+            memory["staging"] = plgpu.SMEM((warpgroups, rows, keys), dtype)
+            memory["state"] = (vector, vector, [plgpu.SMEM((warpgroups, rows, PANEL), jnp.float32)] * panels)
+        return memory
+
+
+class _Block:
+    """What one block does, in the kernel. `refs` are the inputs and outputs, `memory` its shared memory."""
+
+    def __init__(self, launch: _Launch, refs: dict[str, Any], memory: dict[str, Any]):
+        self.launch, self.config, self.refs, self.memory = launch, launch.config, refs, memory
+        visits, heads = launch.visits, launch.heads
+        number = lax.axis_index("block")
+        block = lax.rem(lax.div(number, jnp.int32(heads)), jnp.int32(visits.blocks))
+        self.block = visits.blocks - 1 - block if visits.longest_last else block
+        self.b, self.head = lax.div(number, jnp.int32(heads * visits.blocks)), lax.rem(number, jnp.int32(heads))
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.start = (self.block * self.config.warpgroups + self.warpgroup) * self.config.rows
+        self.rows = pl.ds(self.start, self.config.rows)
+        self.visits: RangedVisits | ListedVisits = visits.of_block(refs["tables"], self.b, self.head, self.block)
+
+    def load(self) -> None:
+        """The part of the warpgroup that fills the rings of keys and values."""
+        config, memory = self.config, self.memory
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+        rings = [(self.refs[x], tile_views(memory[x])[0], memory[f"{x}_full"], memory[f"{x}_free"]) for x in "kv"]
+        head = lax.div(self.head, jnp.int32(self.launch.group))
+
+        @pl.loop(0, self.visits.count)
+        def _(index):
+            at = slot(index, config.stages)
+            place = (self.b, pl.ds(self.visits.tile(index) * config.keys, config.keys), head)
+            for source, tiles, full, free in rings:
+                pl.when(index >= config.stages)(lambda free=free: plgpu.barrier_wait(free.at[at]))
+                load_tile(source, place, tiles.at[at], full.at[at])
+
+        for _, _, _, free in rings:
+            drain(self.visits.count, config.stages, free)
+
+    def compute(self) -> None:
+        """The part of a warpgroup that computes its tile of rows."""
+        plgpu.set_max_registers(self.config.registers[0], action="increase")
+        q_tma, _ = tile_views(self.memory["q"])
+        q_full = self.memory["q_full"].at[self.warpgroup]
+        load_tile(self.refs["q"], (self.b, self.rows, self.head), q_tma.at[self.warpgroup], q_full)
+        plgpu.barrier_wait(q_full)
+        held = self.own_row_values()
+
+        def idle(index):
+            at = slot(index, self.config.stages)
+            for x in "kv":
+                plgpu.barrier_wait(self.memory[f"{x}_full"].at[at])
+                plgpu.barrier_arrive(self.memory[f"{x}_free"].at[at])
+
+        def sweep(m, total, accs):
+            self.visits.sweep(self.warpgroup, idle, lambda *step: self.step(*step, held, m, total, accs))
+
+        self.finish(*self.running(sweep))
+
+    def running(self, sweep: Callable[[Ref, Ref, Sequence[Ref]], None]) -> tuple[Array, Array, list[Array]]:
+        """Runs sweep on the running maximum, sum and output, and returns what it leaves in them.
+
+        They are in registers; interpreted, which knows no such state, in shared memory.
+        """
+        rows = self.config.rows
+        m, total = jnp.full((rows,), LEAST, jnp.float32), jnp.zeros((rows,), jnp.float32)
+        acc = jnp.zeros((rows, PANEL), jnp.float32)
+        if not interpreted():
+            m, total = (plgpu.layout_cast(x, WGMMA.reduce(1)) for x in (m, total))
+            accs = [plgpu.ACC.init(plgpu.layout_cast(acc, WGMMA))] * self.launch.panels
+            return pl.run_state(lambda refs: sweep(*refs))((m, total, accs))
+        refs = jax.tree.map(lambda ref: ref.at[self.warpgroup], self.memory["state"])
+        for ref, value in zip(jax.tree.leaves(refs), [m, total] + [acc] * self.launch.panels, strict=True):
+            ref[...] = value
+        sweep(*refs)
+        m, total, accs = refs
+        return m[...], total[...], [acc[...] for acc in accs]
+
+    def own_row_values(self) -> dict[str, list[Array]]:
+        """The segment ids and the dropout keys of the warpgroup's rows, which it holds in registers."""
+
+        def load(ref, *index):
+            return plgpu.load(ref.at[(self.b, *index, self.rows)], layout=WGMMA.reduce(1), optimized=False)
+
+        held = {}
+        if "q_segments" in self.refs:
+            held["segments"] = [load(self.refs["q_segments"])]
+        if "row_keys" in self.refs:
+            held["row_keys"] = [load(self.refs["row_keys"], self.head, i) for i in range(2)]
+        return held
+
+    def step(self, index: Scalar, tile: Scalar, partial: Scalar, held: dict, m: Ref, total: Ref, accs: Sequence[Ref]):
+        """One tile of keys and values into the running state."""
+        memory, spec, shape = self.memory, self.launch.spec, (self.config.rows, self.config.keys)
+        at = slot(index, self.config.stages)
+        q_tile, k_tile, v_tile = (
+            tile_views(memory[x])[1].at[i] for x, i in (("q", self.warpgroup), ("k", at), ("v", at))
+        )
+
+        def product(acc):
+            multiply_transposed(acc, q_tile, k_tile)
+            return acc[...]
+
+        plgpu.barrier_wait(memory["k_full"].at[at])
+        s = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(memory["k_free"].at[at])
+        factor = spec.scale * LOG2E
+        if spec.soft_cap is not None:
+            s, factor = jnp.tanh(s * (spec.scale / spec.soft_cap)), spec.soft_cap * LOG2E
+        if partial is not False:
+            s = lax.cond(partial, lambda s: self.hide(s, tile, held), lambda s: s, s)
+        m_old = m[...]
+        m_new = jnp.maximum(m_old, s.max(axis=1) * factor)
+        alpha = jnp.exp2(m_old - m_new)
+        p = jnp.exp2(s * factor - broadcast(m_new, shape, 0))
+        total[...] = total[...] * alpha + p.sum(axis=1)
+        m[...] = m_new
+        for acc in accs:
+            acc[...] = acc[...] * broadcast(alpha, acc.shape, 0)
+        if "row_keys" in held:
+            p = self.drop(p, tile, held)
+        p = p.astype(self.launch.dtype)
+        plgpu.barrier_wait(memory["v_full"].at[at])
+        self.accumulate(accs, p, v_tile)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(memory["v_free"].at[at])
+
+    def accumulate(self, accs: Sequence[Ref], p: Array, tile: Ref) -> None:
+        """accs += p tile, one accumulator a panel. Interpreted, p goes through shared memory, and wgmma into zeros."""
+        if not interpreted():
+            for panel, acc in enumerate(accs):
+                plgpu.wgmma(acc, p, tile.at[panel])
+            return
+        staging = self.memory["staging"].at[self.warpgroup]
+        staging[...] = p
+        plgpu.commit_smem()
+        for panel, acc in enumerate(accs):
+
+            def product(zero, panel=panel):
+                plgpu.wgmma(zero, staging, tile.at[panel])
+                return zero[...]
+
+            acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+    def hide(self, s: Array, tile: Scalar, held: dict) -> Array:
+        """Scores with -inf where a mask hides the key."""
+        visits, spec, checks = self.launch.visits, self.launch.spec, []
+        # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the side
+        # of the row, of which a thread has two, each comparison is with a constant.
+        column = positions(s.shape, 1)
+        lane = column & 6
+        column = column & ~6
+        first = lax.optimization_barrier(tile * self.config.keys)
+        if (spec.lower, spec.upper) != (None, None):
+            row = positions(s.shape, 0) - lane
+            if spec.upper is not None:
+                checks.append(column <= row + (self.start - first + spec.upper))
+            if spec.lower is not None:
+                checks.append(column >= row + (self.start - first + spec.lower))
+        if "key_lengths" in self.refs:
+            checks.append(column + lane < self.refs["key_lengths"][self.b] - first)
+        elif visits.step.length % self.config.keys:
+            checks.append(column + lane < visits.step.length - first)
+        if "segments" in held:
+            place = (self.b, pl.ds(first, self.config.keys))
+            of_keys = plgpu.load(self.refs["k_segments"].at[place], layout=WGMMA.reduce(0), optimized=False)
+            checks.append(broadcast(held["segments"][0], s.shape, 0) == broadcast(of_keys, s.shape, 1))
+        return jnp.where(functools.reduce(operator.and_, checks), s, -jnp.inf) if checks else s
+
+    def drop(self, p: Array, tile: Scalar, held: dict) -> Array:
+        """Probabilities with zeros where dropout drops them; the factor 1 / (1 - rate) comes at the end."""
+        key1, key2 = (broadcast(x, p.shape, 0) for x in held["row_keys"])
+        column = (positions(p.shape, 1) + tile * self.config.keys).astype(jnp.uint32)
+        return jnp.where(dropout.keep(key1, key2, column, self.launch.spec.dropout_rate), p, 0.0)
+
+    def finish(self, m: Array, total: Array, accs: Sequence[Array]) -> None:
+        """Writes the rows' output and log-sum-exp."""
+        (q_tma, q_tile), lse = (
+            [view.at[self.warpgroup] for view in tile_views(self.memory["q"])],
+            self.memory["lse"].at[self.warpgroup],
+        )
+        if "query_lengths" in self.refs:
+            row = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=WGMMA.reduce(1)) + self.start
+            total = jnp.where(row < self.refs["query_lengths"][self.b], total, 0.0)
+        safe = jnp.where(total > 0, total, 1.0)
+        inverse = (1.0 / (1.0 - self.launch.spec.dropout_rate)) / safe
+        for panel, acc in enumerate(accs):
+            out = acc * broadcast(inverse, acc.shape, 0)
+            if "query_lengths" in self.refs:
+                out = jnp.where(broadcast(total > 0, acc.shape, 0), out, 0.0)
+            q_tile[panel] = out.astype(self.launch.dtype)
+        lse[...] = jnp.where(total > 0, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
+        plgpu.commit_smem()
+        store_tile(q_tma, self.refs["out"], (self.b, self.rows, self.head))
+        plgpu.copy_smem_to_gmem(lse, self.refs["lse"].at[self.b, self.head, self.rows])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _run(
+    config: ForwardConfig, operands: AttentionOperands, spec: AttentionSpec, query: Array, key: Array, value: Array
+) -> tuple[Array, Array]:
+    """Launches the kernel."""
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
-    dtype = query.dtype
-    group, panels = N // K, H // PANEL
-    rows, keys, stages, warpgroups = config.rows, config.keys, config.stages, config.warpgroups
-    visits = Visits(
-        Side(tile=rows, length=T),
-        Side(tile=keys, length=S),
-        warpgroups,
-        (spec.lower, spec.upper),
-        mask_tail=True,
-    )
-    blocks = visits.blocks
+    own = Side(config.rows, T, operands.query_lengths, operands.query_segments)
+    step = Side(config.keys, S, operands.key_lengths, operands.key_segments)
+    kept = kept_tiles(operands.block_mask, own, step)
+    visits = Visits(own, step, config.warpgroups, (spec.lower, spec.upper), True, kept)
+    launch = _Launch(config, spec, visits, N, N // K, H // PANEL, query.dtype)
+    all_rows = visits.blocks * config.warpgroups * config.rows
+
+    inputs = {"q": query, "k": key, "v": value}
+    if operands.query_lengths is not None:
+        inputs["query_lengths"] = operands.query_lengths
+    if operands.key_lengths is not None:
+        inputs["key_lengths"] = jnp.minimum(operands.key_lengths, S)
+    if own.segments is not None and step.segments is not None:
+        inputs["q_segments"] = padded(own.segments, all_rows - T, 0)
+        inputs["k_segments"] = padded(step.segments, step.tiles * step.tile - S, 0)
+    if operands.dropout_seeds is not None:
+        inputs["row_keys"] = padded(dropout_row_keys(operands.dropout_seeds, N, T), all_rows - T, 0)
     tables = visits.tables()
 
-    def kernel(q_ref, k_ref, v_ref, *refs):
-        *table_refs, o_ref, lse_ref, memory = refs
-        number, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        head = lax.rem(number, jnp.int32(N))
-        block = lax.rem(lax.div(number, jnp.int32(N)), jnp.int32(blocks))
-        if visits.longest_last:
-            block = blocks - 1 - block
-        b = lax.div(number, jnp.int32(N * blocks))
-        (q_tma, q_tiles), (k_tma, k_tiles), (v_tma, v_tiles) = (tile_views(memory[name]) for name in "qkv")
-        k_full, v_full, k_free, v_free = (memory[name] for name in ("k_full", "v_full", "k_free", "v_free"))
-        seen = visits.of_block(table_refs, b, head, block)
+    def kernel(*refs):
+        *refs, out, lse, memory = refs
+        named = dict(zip(inputs, refs[: len(inputs)], strict=True))
+        block = _Block(launch, named | {"tables": tuple(refs[len(inputs) :]), "out": out, "lse": lse}, memory)
+        pl.when(block.warpgroup == config.warpgroups)(block.load)
+        pl.when(block.warpgroup < config.warpgroups)(block.compute)
 
-        @pl.when(warpgroup == warpgroups)
-        def load():
-            plgpu.set_max_registers(config.registers[1], action="decrease")
-
-            @pl.loop(0, seen.count)
-            def _(index):
-                at = slot(index, stages)
-                place = (b, pl.ds(seen.tile(index) * keys, keys), lax.div(head, jnp.int32(group)))
-                for source, tiles, full, free in ((k_ref, k_tma, k_full, k_free), (v_ref, v_tma, v_full, v_free)):
-
-                    @pl.when(index >= stages)
-                    def _(free=free):
-                        plgpu.barrier_wait(free.at[at])
-
-                    load_tile(source, place, tiles.at[at], full.at[at])
-
-            drain(seen.count, stages, k_free)
-            drain(seen.count, stages, v_free)
-
-        @pl.when(warpgroup < warpgroups)
-        def compute():
-            plgpu.set_max_registers(config.registers[0], action="increase")
-            start = (block * warpgroups + warpgroup) * rows
-            place = (b, pl.ds(start, rows), head)
-            q_tile, q_full = q_tiles.at[warpgroup], memory["q_full"].at[warpgroup]
-            load_tile(q_ref, place, q_tma.at[warpgroup], q_full)
-            plgpu.barrier_wait(q_full)
-            staging = memory["staging"].at[warpgroup] if interpreted() else None
-
-            def idle(index):
-                at = slot(index, stages)
-                for full, free in ((k_full, k_free), (v_full, v_free)):
-                    plgpu.barrier_wait(full.at[at])
-                    plgpu.barrier_arrive(free.at[at])
-
-            def hide(s, tile):
-                checks = []
-                row, column = positions(s.shape, 0), positions(s.shape, 1)
-                # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that
-                # on the side of the row, of which a thread has two, each comparison is with a constant.
-                lane = column & 6
-                column = column & ~6
-                first = lax.optimization_barrier(tile * keys)
-                if spec.upper is not None:
-                    checks.append(column <= row - lane + (start - first + spec.upper))
-                if spec.lower is not None:
-                    checks.append(column >= row - lane + (start - first + spec.lower))
-                if S % keys:
-                    checks.append(column < S - first - lane)
-                return jnp.where(functools.reduce(operator.and_, checks), s, -jnp.inf)
-
-            def step(index, tile, masked, m, l, accs):
-                at = slot(index, stages)
-                plgpu.barrier_wait(k_full.at[at])
-
-                def product(acc):
-                    multiply_transposed(acc, q_tile, k_tiles.at[at])
-                    return acc[...]
-
-                s = pl.run_scoped(product, plgpu.ACC((rows, keys), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[at])
-                factor = spec.scale * LOG2E
-                if spec.soft_cap is not None:
-                    s, factor = jnp.tanh(s * (spec.scale / spec.soft_cap)), spec.soft_cap * LOG2E
-                if masked is True:
-                    s = hide(s, tile)
-                elif masked is not False:
-                    s = lax.cond(masked, lambda s: hide(s, tile), lambda s: s, s)
-                m_old = m[...]
-                m_new = jnp.maximum(m_old, s.max(axis=1) * factor)
-                alpha = jnp.exp2(m_old - m_new)
-                p = jnp.exp2(s * factor - broadcast(m_new, s.shape, 0))
-                l[...] = l[...] * alpha + p.sum(axis=1)
-                m[...] = m_new
-                for acc in accs:
-                    acc[...] = acc[...] * broadcast(alpha, acc.shape, 0)
-                p = p.astype(dtype)
-                plgpu.barrier_wait(v_full.at[at])
-                accumulate(accs, p, v_tiles.at[at], staging)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(v_free.at[at])
-
-            def sweep(m, l, accs):
-                seen.sweep(warpgroup, idle, lambda index, tile, masked: step(index, tile, masked, m, l, accs))
-
-            m, l, accs = running(sweep, rows, panels, memory["state"], warpgroup)
-            safe = jnp.where(l > 0, l, 1.0)
-            for panel, acc in enumerate(accs):
-                q_tile[panel] = (acc * broadcast(1 / safe, acc.shape, 0)).astype(dtype)
-            memory["lse"][warpgroup] = jnp.where(l > 0, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
-            plgpu.commit_smem()
-            store_tile(q_tma.at[warpgroup], o_ref, place)
-            plgpu.copy_smem_to_gmem(memory["lse"].at[warpgroup], lse_ref.at[b, head, pl.ds(start, rows)])
-            plgpu.wait_smem_to_gmem(0)
-
-    memory = {
-        "q": tile_memory(warpgroups, panels, rows, PANEL, dtype=dtype),
-        "k": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
-        "v": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
-        "lse": plgpu.SMEM((warpgroups, rows), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=panels, num_barriers=warpgroups),
-        "k_full": plgpu.Barrier(num_arrivals=panels, num_barriers=stages),
-        "v_full": plgpu.Barrier(num_arrivals=panels, num_barriers=stages),
-        "k_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        "v_free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        "state": None,
-    }
-    if interpreted():
-        memory["staging"] = plgpu.SMEM((warpgroups, rows, keys), dtype)
-        memory["state"] = (
-            plgpu.SMEM((warpgroups, rows), jnp.float32),
-            plgpu.SMEM((warpgroups, rows), jnp.float32),
-            [plgpu.SMEM((warpgroups, rows, PANEL), jnp.float32)] * panels,
-        )
     out, lse = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct(query.shape, dtype),
-            jax.ShapeDtypeStruct((B, N, blocks * warpgroups * rows), jnp.float32),
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((B, N, all_rows), jnp.float32),
         ],
-        grid=(N * blocks * B,),
+        grid=(B * visits.blocks * N,),
         grid_names=("block",),
-        num_threads=warpgroups + 1,
+        num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=[memory],
+        scratch_types=[launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(query, key, value, *tables)
+    )(*inputs.values(), *tables)
     return out, lse[:, :, :T]
-
-
-def running(sweep, rows, panels, memory, warpgroup):
-    """Runs sweep(m, l, accs) and returns what it left in them. In registers; interpreted, in shared memory."""
-    m = jnp.full((rows,), LEAST, jnp.float32)
-    l = jnp.zeros((rows,), jnp.float32)
-    acc = jnp.zeros((rows, PANEL), jnp.float32)
-    if memory is None:
-        m, l = (plgpu.layout_cast(x, WGMMA.reduce(1)) for x in (m, l))
-        acc = plgpu.layout_cast(acc, WGMMA)
-        return pl.run_state(lambda refs: sweep(*refs))((m, l, [plgpu.ACC.init(acc)] * panels))
-    refs = jax.tree.map(lambda ref: ref.at[warpgroup], memory)
-    refs[0][...] = m
-    refs[1][...] = l
-    for ref in refs[2]:
-        ref[...] = acc
-    sweep(*refs)
-    return refs[0][...], refs[1][...], [ref[...] for ref in refs[2]]
-
-
-def accumulate(accs, p, tile, staging):
-    """accs += p tile."""
-    if staging is None:
-        for panel, acc in enumerate(accs):
-            plgpu.wgmma(acc, p, tile.at[panel])
-        return
-    staging[...] = p
-    plgpu.commit_smem()
-    for panel, acc in enumerate(accs):
-
-        def product(zero, panel=panel):
-            plgpu.wgmma(zero, staging, tile.at[panel])
-            return zero[...]
-
-        acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))

@@ -21,31 +21,32 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Float
 
 from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
-from .block_mask import BlockMask
 from .devices import interpreted
 from .mosaic_common import (
+    LOG2E,
     PANEL,
     WGMMA,
     Ref,
     Scalar,
     broadcast,
     drain,
+    dropout_row_keys,
     load_tile,
     multiply,
     multiply_transposed,
+    padded,
     slot,
     store_tile,
     tile_memory,
     tile_views,
 )
-from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits
+from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
 from .tiles import transposed
 
-LOG2E = math.log2(math.e)
 L2_BYTES = 24 * 2**20  # of the 50 MiB that H100 and H200 have; outputs and other tensors take the rest
 
 Gradient = Literal["dq", "dk", "dv"]
@@ -372,17 +373,18 @@ class _Block:
         step_start = tile * self.tiles.step
         lower, upper = launch.visits.band
         # A thread holds two positions of axis 0, which take all offsets, and sixteen or more of axis 1: those are made
-        # anew here, else they take up registers throughout.
-        own = self.positions(0) + (self.own_start - step_start)
-        step = broadcast(lax.optimization_barrier(self.positions(1)), shape, 1)
+        # anew here, else they take up registers throughout. And only where they are used: Mosaic finds no layout for
+        # a vector that is not.
+        own = functools.cache(lambda: self.positions(0) + (self.own_start - step_start))
+        step = functools.cache(lambda: broadcast(lax.optimization_barrier(self.positions(1)), shape, 1))
         checks = []
         if upper is not None:
-            checks.append(step <= broadcast(own + upper, shape, 0))
+            checks.append(step() <= broadcast(own() + upper, shape, 0))
         if lower is not None:
-            checks.append(step >= broadcast(own + lower, shape, 0))
+            checks.append(step() >= broadcast(own() + lower, shape, 0))
         if launch.visits.mask_tail:
             end = self.refs["key_lengths"][self.b] if "key_lengths" in self.refs else launch.visits.step.length
-            checks.append(step < end - step_start)
+            checks.append(step() < end - step_start)
         if "own_segments" in self.refs:
             places = (self.own_rows, pl.ds(step_start, self.tiles.step))
             own_segments, step_segments = (
@@ -407,7 +409,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     own = Side(tiles.own, *(keys if owns_keys else queries))
     step = Side(tiles.step, *(queries if owns_keys else keys))
     band = (spec.lower, spec.upper)
-    kept = _kept_tiles(operands.block_mask, own, step, owns_keys)
+    kept = kept_tiles(operands.block_mask, own, step, transpose=owns_keys)
     visits = Visits(own, step, tiles.warpgroups, transposed(*band) if owns_keys else band, not owns_keys, kept)
     launch = _Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)
 
@@ -417,15 +419,15 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     row_padding = step_padding if owns_keys else own_padding
     inputs = {"own0": own_arrays[0], "own1": own_arrays[1], "step0": step_arrays[0], "step1": step_arrays[1]}
     # No row past the end contributes: its probabilities are exp2(. - inf) = 0.
-    rows = (_padded(lse * LOG2E, row_padding, math.inf), _padded(delta, row_padding, 0.0))
+    rows = (padded(lse * LOG2E, row_padding, math.inf), padded(delta, row_padding, 0.0))
     inputs["rows"] = jnp.stack(rows, 2)
     if spec.dropout_rate > 0.0:
-        inputs["row_keys"] = _padded(_row_keys(operands.dropout_seeds, N, T), row_padding, 0)
+        inputs["row_keys"] = padded(dropout_row_keys(operands.dropout_seeds, N, T), row_padding, 0)
     if operands.key_lengths is not None:
         inputs["key_lengths"] = operands.key_lengths
     if own.segments is not None:
-        inputs["own_segments"] = _padded(own.segments, own_padding, 0)
-        inputs["step_segments"] = _padded(step.segments, step_padding, 0)
+        inputs["own_segments"] = padded(own.segments, own_padding, 0)
+        inputs["step_segments"] = padded(step.segments, step_padding, 0)
     tables = visits.tables()
     stepped_bytes = 2 * math.prod(step_arrays[0].shape) * query.dtype.itemsize
     members = _members(B * launch.heads, stepped_bytes // (B * launch.heads))
@@ -453,30 +455,3 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
 def _members(pairs: int, bytes_each: int) -> int:
     """How many (sequence, head) pairs run side by side, a divisor of all: what they step through fits in L2."""
     return max(d for d in range(1, pairs + 1) if pairs % d == 0 and (d == 1 or d * bytes_each <= L2_BYTES))
-
-
-def _padded(x: Array, padding: int, value: float | int) -> Array:
-    """x with its last axis longer by `padding`."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)], constant_values=value)
-
-
-def _row_keys(seeds: UInt32[Array, "B 2"], heads: int, rows: int) -> UInt32[Array, "B N 2 T"]:
-    """Dropout's two keys of each row."""
-    head = jnp.arange(heads, dtype=jnp.uint32)[None, :, None]
-    row = jnp.arange(rows, dtype=jnp.uint32)[None, None]
-    seed0, seed1 = (seeds[:, i, None, None] for i in range(2))
-    return jnp.stack(dropout.row_keys(*jnp.broadcast_arrays(seed0, seed1, head, row)), 2)
-
-
-def _kept_tiles(
-    block_mask: BlockMask | None, own: Side, step: Side, owns_keys: bool
-) -> Bool[Array, "#N own step"] | None:
-    """The BlockMask tile by tile, as the owning side sees it."""
-    if block_mask is None:
-        return None
-    mask = block_mask.mask if block_mask.mask.ndim == 3 else block_mask.mask[None]
-    block_own, block_step = block_mask.block_q, block_mask.block_kv
-    if owns_keys:
-        mask, block_own, block_step = mask.swapaxes(1, 2), block_step, block_own
-    tiles = jnp.repeat(jnp.repeat(mask, block_own // own.tile, 1), block_step // step.tile, 2)
-    return tiles[:, : own.tiles, : step.tiles]

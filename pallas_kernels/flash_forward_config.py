@@ -32,6 +32,10 @@ class ForwardConfig:
 
 def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> ForwardConfig:
     """The fastest that compiles without spills. head_dim: a multiple of 64."""
-    if head_dim <= 128:
-        return ForwardConfig()
-    return ForwardConfig(keys=64, warpgroups=2)
+    if head_dim > 128:
+        return ForwardConfig(keys=64, warpgroups=2)
+    keys = 128 if operands.block_mask is None or operands.block_mask.block_kv % 128 == 0 else 64
+    # What segments and dropout keep for each row, and dropout's arithmetic, do not fit into 160 registers beside the
+    # rest at head dim 128, nor both at 64.
+    extras = (operands.query_segments is not None) + 2 * (spec.dropout_rate > 0.0)
+    return ForwardConfig(keys=keys, warpgroups=2 if extras and (head_dim > 64 or extras > 2) else 3)

@@ -18,7 +18,8 @@ TENSOR_FLOP = 4096  # a cycle and multiprocessor
 SPECIAL = {"MUFU": 8}
 FMA = dict.fromkeys(("FFMA", "FMUL", "FADD"), 1) | {"IMAD": 2, "HFMA2": 1, "HADD2": 1, "HMUL2": 1}
 ALU = dict.fromkeys(
-    ("FMNMX", "FSEL", "FSETP", "F2FP", "ISETP", "IADD3", "IABS", "IMNMX", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SHF"), 2
+    ("FMNMX", "FSEL", "FSETP", "F2FP", "ISETP", "IADD3", "IABS", "IMNMX", "LEA", "LOP3", "PLOP3", "PRMT", "SEL", "SHF"),
+    2,
 )
 
 

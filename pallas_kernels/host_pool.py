@@ -12,7 +12,7 @@ from jaxtyping import Int32
 from .copy_blocks import gather_blocks, scatter_blocks
 from .kv_cache import KVCache
 
-# Blocks that move in one call: calls of one size compile one program. At 16 tokens of Llama-3-8B, 32 MiB.
+# Blocks that move in one call, at most. Calls of 16, 8, 4, 2 and 1 blocks move any number with five programs.
 CHUNK = 16
 
 
@@ -33,11 +33,12 @@ class HostPool:
     def __init__(self, num_blocks: int):
         if num_blocks < 0:
             raise ValueError(f"HostPool: num_blocks must not be negative, got {num_blocks}")
-        self._blocks: list[Array | None] = [None] * num_blocks
+        self.blocks: list[Array | None] = [None] * num_blocks
+        """Each block's array, None before something was stored there; written by `store` alone."""
 
     @property
     def num_blocks(self) -> int:
-        return len(self._blocks)
+        return len(self.blocks)
 
     def store(self, cache: KVCache, pairs: Int32[np.ndarray, "n 2"]) -> None:
         """Copies block pairs[i, 0] of the cache to block pairs[i, 1] of the pool, for every pair.
@@ -47,9 +48,8 @@ class HostPool:
         """
         self._check("store", pairs, sources=cache.num_blocks, targets=self.num_blocks)
         for chunk in _chunks(pairs):
-            blocks = _gather(cache, _padded(chunk[:, 0]))[: len(chunk)]
-            for block, target in zip(blocks, chunk[:, 1], strict=True):
-                self._blocks[target] = jax.device_put(block, _on_host(block.sharding))
+            for block, target in zip(_gather(cache, chunk[:, 0]), chunk[:, 1], strict=True):
+                self.blocks[target] = jax.device_put(block, _on_host(block.sharding))
 
     def load(self, cache: KVCache, pairs: Int32[np.ndarray, "n 2"]) -> KVCache:
         """Copies block pairs[i, 0] of the pool to block pairs[i, 1] of the cache, which is donated.
@@ -60,7 +60,7 @@ class HostPool:
         self._check("load", pairs, sources=self.num_blocks, targets=cache.num_blocks)
         L, _, *block = cache.keys.shape
         for source in pairs[:, 0]:
-            stored = self._blocks[source]
+            stored = self.blocks[source]
             if stored is None:
                 raise ValueError(f"HostPool.load: block {source} of the pool was never stored")
             if stored.shape != (2, L, *block) or stored.dtype != cache.keys.dtype:
@@ -69,10 +69,9 @@ class HostPool:
                     f"cache, got {stored.dtype} {stored.shape}"
                 )
         for chunk in _chunks(pairs):
-            blocks = [self._blocks[source] for source in chunk[:, 0]]
+            blocks = [self.blocks[source] for source in chunk[:, 0]]
             moved = [jax.device_put(block, _on_device(block.sharding)) for block in blocks if block is not None]
-            moved += moved[:1] * (CHUNK - len(moved))
-            cache = _scatter(cache, _padded(chunk[:, 1]), moved)
+            cache = _scatter(cache, chunk[:, 1], moved)
         return cache
 
     def _check(self, function: str, pairs: np.ndarray, *, sources: int, targets: int) -> None:
@@ -87,12 +86,11 @@ class HostPool:
 
 
 def _chunks(pairs: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(pairs), CHUNK):
-        yield pairs[start : start + CHUNK]
-
-
-def _padded(ids: np.ndarray) -> np.ndarray:
-    return np.pad(ids, (0, CHUNK - len(ids)), constant_values=-1)
+    start = 0
+    while start < len(pairs):
+        count = min(CHUNK, 1 << (len(pairs) - start).bit_length() - 1)
+        yield pairs[start : start + count]
+        start += count
 
 
 def _on_host(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

@@ -5,6 +5,7 @@ A tile of rows with H columns lies in shared memory as panels [H / 64, rows, 64]
 the tensor into 8 x 64 pieces.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, UInt32
 
+from . import dropout
 from .devices import interpreted
 
+LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 PANEL = 64
 
@@ -30,7 +34,7 @@ def tile_memory(*shape: int, dtype: jnp.dtype) -> Any:
     return for_wgmma if interpreted() else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), for_wgmma)
 
 
-def tile_views(memory: Ref) -> tuple[Ref, Ref]:
+def tile_views(memory: Ref) -> Any:  # JAX unpacks a RefUnion like a tuple of references
     """The views of a `tile_memory`: (for TMA, for wgmma and registers)."""
     return (memory, memory) if interpreted() else memory
 
@@ -90,3 +94,16 @@ def drain(steps: Scalar, stages: int, free: Ref) -> None:
     @pl.loop(lax.max(jnp.int32(steps) - stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(free.at[slot(step, stages)])
+
+
+def padded(x: Array, padding: int, value: float | int) -> Array:
+    """x with its last axis longer by `padding`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)], constant_values=value)
+
+
+def dropout_row_keys(seeds: UInt32[Array, "B 2"], heads: int, rows: int) -> UInt32[Array, "B N 2 T"]:
+    """Dropout's two keys of each row."""
+    head = jnp.arange(heads, dtype=jnp.uint32)[None, :, None]
+    row = jnp.arange(rows, dtype=jnp.uint32)[None, None]
+    seed0, seed1 = (seeds[:, i, None, None] for i in range(2))
+    return jnp.stack(dropout.row_keys(*jnp.broadcast_arrays(seed0, seed1, head, row)), 2)

@@ -11,12 +11,12 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int32
 
+from .block_mask import BlockMask
 from .mosaic_common import Ref, Scalar
 from .tiles import TileRange, segment_tiles, tile_range
 
@@ -147,8 +147,8 @@ class Visits:
     ) -> "RangedVisits | ListedVisits":
         """What one block visits, inside the kernel, where `tables` are references to those of `tables()`."""
         if self.kept is not None:
-            entries, counts = (ref.at[_pick(ref, 0, b), _pick(ref, 1, head), block] for ref in tables)
-            return ListedVisits(self.warpgroups, entries, counts)
+            entries, counts = tables
+            return ListedVisits(self.warpgroups, entries, counts, (_pick(counts, 0, b), _pick(counts, 1, head), block))
         return RangedVisits(self, tables, b, block)
 
 
@@ -203,13 +203,13 @@ class RangedVisits:
 class ListedVisits:
     """Tiles by their numbers: first those that no warpgroup has to mask, then those that some mask or do not see."""
 
-    def __init__(self, warpgroups: int, entries: Ref, counts: Ref):
-        self._warpgroups, self._entries = warpgroups, entries
-        self._whole, self.count = counts[0], counts[1]
+    def __init__(self, warpgroups: int, entries: Ref, counts: Ref, place: tuple[Scalar, ...]):
+        self._warpgroups, self._entries, self._place = warpgroups, entries, place
+        self._whole, self.count = (counts[(*place, i)] for i in range(2))
 
     def tile(self, index: Scalar) -> Scalar:
         """The number of the tile that the block loads as its `index`-th."""
-        return lax.shift_right_logical(self._entries[index], jnp.int32(self._warpgroups))
+        return lax.shift_right_logical(self._entry(index), jnp.int32(self._warpgroups))
 
     def sweep(self, warpgroup: Scalar, idle: Callable[[Scalar], None], step: Callable[[Scalar, Scalar, Scalar], None]):
         """Runs step(index, tile, whether some entries are hidden) for the tiles that the warpgroup sees, and
@@ -217,11 +217,14 @@ class ListedVisits:
 
         @pl.loop(0, self.count)
         def _(index):
-            entry = self._entries[index]
+            entry = self._entry(index)
             seen = (lax.shift_right_logical(entry, warpgroup) & 1) == 1
             tile = lax.shift_right_logical(entry, jnp.int32(self._warpgroups))
             pl.when(seen)(lambda: step(index, tile, index >= self._whole))
             pl.when(~seen)(lambda: idle(index))
+
+    def _entry(self, index: Scalar) -> Array:
+        return self._entries[(*self._place, index)]
 
 
 def _pick(ref: Ref, axis: int, index: Scalar) -> Scalar:
@@ -231,3 +234,17 @@ def _pick(ref: Ref, axis: int, index: Scalar) -> Scalar:
 
 def _clip(value: Scalar, low: Scalar, high: Scalar) -> Scalar:
     return lax.clamp(jnp.int32(low), jnp.int32(value), jnp.int32(high))
+
+
+def kept_tiles(
+    block_mask: BlockMask | None, own: Side, step: Side, *, transpose: bool = False
+) -> Bool[Array, "#N own step"] | None:
+    """The BlockMask tile by tile; transposed where the owning side is that of the keys."""
+    if block_mask is None:
+        return None
+    mask = block_mask.mask if block_mask.mask.ndim == 3 else block_mask.mask[None]
+    block_own, block_step = block_mask.block_q, block_mask.block_kv
+    if transpose:
+        mask, block_own, block_step = mask.swapaxes(1, 2), block_step, block_own
+    tiles = jnp.repeat(jnp.repeat(mask, block_own // own.tile, 1), block_step // step.tile, 2)
+    return tiles[:, : own.tiles, : step.tiles]

@@ -3,7 +3,10 @@
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int32
+
+from .kv_cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -15,8 +18,8 @@ class PagedBatch:
     Decodes (one new token) stand first; then prefills, whole or in chunks; then padding sequences, which have
     context 0 and repeat the last of `query_starts`. Tokens past `query_starts[-1]` are padding too.
 
-    The values are not checked, since they are traced: block ids in a table must lie in the cache, and a table
-    must reach as far as its context.
+    Values are traced where kernels run, and so not checked there: block ids in a table must lie in the cache, and a
+    table must reach as far as its context. `check` looks at them.
 
     Example, two sequences on blocks of 4: one decodes its 6th token, one prefills 3 tokens.
 
@@ -43,3 +46,37 @@ class PagedBatch:
     """So many sequences of one new token stand first."""
     max_query_len: int = field(metadata={"static": True})
     """No sequence brings more new tokens; 1 promises that there are only decodes."""
+
+    def check(self, cache: KVCache) -> None:
+        """Raises ValueError for the first value that breaks what is said above of the fields, with where it stands.
+
+        Waits for the arrays and copies them to the host: for tests and while something is wrong, not for every step.
+        Not under `jax.jit`, where there are no values.
+        """
+        tables, context, starts, slots = (
+            np.asarray(array) for array in (self.block_tables, self.context_lens, self.query_starts, self.slot_mapping)
+        )
+        P, num_slots = cache.num_blocks, cache.num_blocks * cache.block_size
+        reach = tables.shape[1] * cache.block_size
+        in_context = np.arange(tables.shape[1])[None] * cache.block_size < context[:, None]
+        queries, decodes, most = np.diff(starts), int(self.num_decodes), self.max_query_len
+        real = np.sort(slots[slots >= 0])
+        _require(starts[:1] == 0, "query_starts", starts, "start at 0")
+        _require(queries >= 0, "query_starts", starts[1:], "never decrease")
+        _require(starts <= len(slots), "query_starts", starts, f"end within the {len(slots)} tokens")
+        _require(queries <= most, "query_starts", starts[1:], f"give no sequence more than max_query_len = {most}")
+        _require(0 <= decodes <= len(queries), "num_decodes", decodes, f"lie in [0, {len(queries)}]")
+        _require(queries[:decodes] == 1, "query_starts", starts[1:], f"give one token to each of {decodes} decodes")
+        _require(context >= queries, "context_lens", context, f"count the {queries.tolist()} new tokens too")
+        _require(context <= reach, "context_lens", context, f"be at most {reach}, where a block table ends")
+        _require(~in_context | ((tables >= 0) & (tables < P)), "block_tables", tables, f"lie in [0, {P}) in a context")
+        _require((slots >= -1) & (slots < num_slots), "slot_mapping", slots, f"lie in [-1, {num_slots})")
+        _require(slots[starts[-1] :] == -1, "slot_mapping", slots[starts[-1] :], "be -1 past the last sequence")
+        _require(np.diff(real) > 0, "slot_mapping", real, "name no slot twice")
+
+
+def _require(holds: np.ndarray | bool, name: str, values: np.ndarray | int, expected: str) -> None:
+    if not np.all(holds):
+        at = np.unravel_index(np.argmin(holds), np.shape(holds))
+        where = f" at {[int(i) for i in at]}" if at else ""
+        raise ValueError(f"PagedBatch: {name} must {expected}, got {np.asarray(values)[at]}{where}")

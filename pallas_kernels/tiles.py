@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .block_mask import BlockMask
+
 Integer = Any  # int, a NumPy integer or array, or a JAX int32 array, scalar or not
 
 
@@ -83,6 +85,42 @@ def _extent(segments: jax.Array, tile: int) -> tuple[jax.Array, jax.Array, jax.A
     greatest = jnp.pad(segments, padding, constant_values=info.min).reshape(B, count, tile).max(-1)
     whole = jnp.broadcast_to((jnp.arange(count) + 1) * tile <= length, (B, count))
     return least, greatest, whole
+
+
+class TileList(NamedTuple):
+    """Tiles by their numbers, a list for each tile of rows.
+
+    order[..., :num_whole] need no mask, order[..., num_whole:num_kept] do, and the rest is not visited. int32.
+    """
+
+    order: jax.Array
+    num_whole: jax.Array
+    num_kept: jax.Array
+
+
+def list_tiles(some: jax.Array, whole: jax.Array) -> TileList:
+    """From two flags for each tile, bool [..., key tiles]: whether it is visited, and if so, whether without a mask."""
+    whole = some & whole
+    order = jnp.argsort(jnp.where(whole, 0, jnp.where(some, 1, 2)), axis=-1, stable=True)
+    return TileList(order.astype(jnp.int32), whole.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))
+
+
+def block_tiles(blocks: BlockMask, T: int, S: int, row_tile: int, key_tile: int) -> tuple[jax.Array, jax.Array]:
+    """Whether some and whether all of the blocks that a tile touches are kept: bool [N|1, row tiles, key tiles]."""
+    mask = blocks.mask if blocks.mask.ndim == 3 else blocks.mask[None]
+    # kept[:, i, j]: how many of the first i x j blocks. A tile touches blocks first <= block < last of each axis.
+    kept = jnp.pad(mask.cumsum(1, dtype=jnp.int32).cumsum(2, dtype=jnp.int32), ((0, 0), (1, 0), (1, 0)))
+    (row_first, row_last), (key_first, key_last) = (
+        (start // block, np.minimum(-(-(start + tile) // block), mask.shape[axis]))
+        for axis, block, tile, start in (
+            (1, blocks.block_q, row_tile, np.arange(0, T, row_tile)),
+            (2, blocks.block_kv, key_tile, np.arange(0, S, key_tile)),
+        )
+    )
+    rows = kept[:, row_last] - kept[:, row_first]
+    count = rows[:, :, key_last] - rows[:, :, key_first]
+    touched = np.outer(row_last - row_first, key_last - key_first)
+    return count > 0, count == touched[None]
 
 
 def _on_host(*values: Integer) -> bool:

@@ -34,3 +34,13 @@ def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
     changed.__package__ = module.__package__
     exec(compile(source.replace(old, new), f"{module.__file__} with {new!r} for {old!r}", "exec"), changed.__dict__)
     return changed
+
+
+def is_caught(function: Callable[..., Any], arguments: tuple[Any, ...], check: Callable[[Any], None]) -> bool:
+    """Whether a mistake is found out: by an assertion about the result, by a race, or by not ending well."""
+    try:
+        result, raced = interpreted(function, *arguments)
+        check(result)
+    except (AssertionError, jax.errors.JaxRuntimeError):
+        return True
+    return raced

@@ -13,7 +13,8 @@ from cache_oracle import assert_same_bits, bits, random_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from mosaic_interpreter import interpreted, mutant, without_races
+from jax.sharding import PartitionSpec as P
+from mosaic_interpreter import is_caught, mutant, without_races
 
 from pallas_kernels import KVCache, copy_blocks, copy_blocks_mosaic, gather_blocks, scatter_blocks
 
@@ -93,6 +94,15 @@ def test_nothing_to_copy_is_no_error():
     assert_same_bits(scatter_blocks(cache, none, gather_blocks(cache, none)), pages)
 
 
+def test_sharded_over_heads_each_card_copies_its_own():
+    pages, cache = random_cache(np.random.default_rng(4), (3, NUM_BLOCKS, 2, 4, 5))
+    pairs = np.array([[2, 7], [-1, -1], [2, 0], [8, 5]], np.int32)
+    heads = P(None, None, None, "model")
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("model",))
+    run = jax.shard_map(copy_blocks, mesh=mesh, in_specs=(heads, P()), out_specs=heads, check_vma=False)
+    assert_same_bits(jax.jit(run)(cache, pairs), copied(pages, pairs))
+
+
 @pytest.mark.usefixtures("no_annotation_checks")  # lowering puts descriptions of arguments in their places
 @pytest.mark.parametrize("operation", ["copy", "scatter"])
 def test_a_donated_cache_is_changed_in_place(operation):
@@ -161,26 +171,19 @@ MOSAIC_SHAPES = [(7, 1, 1, 8), (7, 16, 3, 64), (5, 1, 3, 72), (5, 5, 1, 40), (4,
 
 
 def mosaic_problem(shape, dtype):
-    P, *page = shape
+    num_blocks, *page = shape
     rng = np.random.default_rng(sum(shape))
-    pages, cache = random_cache(rng, (2, P, *page), dtype)
-    source, *targets = rng.permutation(P)[:3]
-    return (
-        pages,
-        cache,
-        np.array([(-1, 0), *((source, target) for target in targets), (0, -1), (P, 0), (0, P)], np.int32),
-    )
+    pages, cache = random_cache(rng, (2, num_blocks, *page), dtype)
+    source, *targets = rng.permutation(num_blocks)[:3]
+    copies = [(source, target) for target in targets]
+    outside = [(num_blocks, 0), (0, num_blocks)]
+    return pages, cache, np.array([(-1, 0), *copies, (0, -1), *outside], np.int32)
 
 
 def is_wrong(module):
-    """Whether a kernel's mistake is found out: by its result, by a race, or by not ending well."""
     pages, cache, pairs = mosaic_problem((7, 64, 3, 64), np.float32)
-    try:
-        found, raced = interpreted(module.copy_blocks, cache, jnp.asarray(pairs))
-        assert_same_bits(found, copied(pages, pairs[1:3]))
-    except (AssertionError, jax.errors.JaxRuntimeError):
-        return True
-    return raced
+    expected = copied(pages, pairs[1:3])
+    return is_caught(module.copy_blocks, (cache, jnp.asarray(pairs)), lambda found: assert_same_bits(found, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,7 +48,7 @@ def test_stored_blocks_lie_whole_in_pinned_host_memory():
     _, cache = random_cache(np.random.default_rng(0), SHAPE)
     pool = HostPool(3)
     pool.store(cache, pairs_of((4, 1), (7, 2)))
-    blocks = [block for block in pool._blocks if block is not None]
+    blocks = [block for block in pool.blocks if block is not None]
     assert [(block.shape, block.sharding.memory_kind) for block in blocks] == [((2, 2, 3, 2, 5), "pinned_host")] * 2
 
 
@@ -59,8 +59,8 @@ def test_unpinned_where_memory_cannot_be_pinned(monkeypatch):
     monkeypatch.setattr(type(device), "addressable_memories", lambda self: kept)
     pool = HostPool(3)
     pool.store(cache, pairs_of((4, 1)))
-    assert pool._blocks[1] is not None
-    assert pool._blocks[1].sharding.memory_kind == "unpinned_host"
+    assert pool.blocks[1] is not None
+    assert pool.blocks[1].sharding.memory_kind == "unpinned_host"
 
 
 @settings(max_examples=20, deadline=None)
@@ -94,7 +94,7 @@ def test_a_cache_sharded_over_its_heads_stays_so():
     cache = jax.device_put(cache, sharding)
     pool = HostPool(2)
     pool.store(cache, pairs_of((40, 1)))
-    stored = pool._blocks[1]
+    stored = pool.blocks[1]
     assert stored is not None
     assert [shard.data.shape for shard in stored.addressable_shards] == [(2, 2, 3, 1, 5)] * 2
     loaded = pool.load(cache, pairs_of((1, 0)))

@@ -1,0 +1,178 @@
+"""Flash attention in plain XLA operations, on any device and fast on a CPU: FlashAttention's algorithms 1 and 4
+(arXiv 2205.14135), in the loop order of arXiv 2307.08691.
+
+For each tile of rows a loop visits the tiles of keys that it sees. Only the scores of one tile exist at a time, for as
+many (sequence, head) pairs at once as make the matmuls large.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from .attention_spec import AttentionOperands, AttentionSpec
+from .xla_tiling import Tiling
+
+# Where the running maximum starts: finite, so that exp(-inf - start) of a row that has seen nothing is 0 and not NaN.
+LEAST = -1e30
+
+
+def unsupported(query: Array, key: Array, value: Array, operands: AttentionOperands, spec: AttentionSpec) -> str | None:
+    """Why this backend cannot serve: it always can."""
+    return None
+
+
+def forward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    operands: AttentionOperands,
+    spec: AttentionSpec,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp."""
+    B, T, N, _ = query.shape
+    if query.size == 0 or key.size == 0:
+        return jnp.zeros_like(query), jnp.full((B, N, T), -jnp.inf, jnp.float32)
+    tiling = Tiling.of(query, key, operands, spec)
+    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+
+    def attend(chunk: Array, k: Array, v: Array, number: Array, q: Array) -> tuple[Array, Array]:
+        step = tiling.step(chunk, number)
+
+        def visit(tile: Array, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
+            m, total, acc = state
+            x, factor, _ = step.logits(tile, _scores(q, k[tile]).reshape(lanes, *tiling.tile), partial)
+            m_new = jnp.maximum(m, x.max(-1) * factor)
+            alpha = jnp.exp(m - m_new)
+            p = jnp.exp(x * factor - m_new[..., None])
+            total = total * alpha + p.sum(-1)
+            if operands.dropout_seeds is not None:
+                p = jnp.where(step.kept(tile), p, 0.0)
+            p = p.reshape(*q.shape[:-1], -1)
+            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, v[tile])
+
+        acc = jnp.zeros_like(q, jnp.float32)
+        total = acc[..., 0].reshape(lanes, -1)
+        m, total, acc = step.sweep(visit, (jnp.full_like(total, LEAST), total, acc))
+        safe = jnp.where(total > 0, total, 1.0)
+        lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
+        return (acc / _column(safe * kept, q)).astype(query.dtype), lse.reshape(q.shape[:-1])
+
+    def attend_all(chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        number, q, k, v = chunk
+        return lax.map(lambda row: attend(number, k, v, *row), (tiling.steps, q))
+
+    q, k, v = _signed(query, spec), _working(key), _working(value)
+    out, lse = lax.map(attend_all, (tiling.chunks, tiling.split_rows(q), tiling.split_keys(k), tiling.split_keys(v)))
+    out, lse = tiling.join_rows(out), jnp.swapaxes(tiling.join_rows(lse), 1, 2)
+    if operands.query_lengths is not None:  # the rows past them stood in tiles with rows before them
+        counts = jnp.arange(T)[None] < operands.query_lengths[:, None]
+        out = jnp.where(counts[:, :, None, None], out, 0)
+        lse = jnp.where(counts[:, None], lse, -jnp.inf)
+    return out, lse
+
+
+def backward(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    operands: AttentionOperands,
+    spec: AttentionSpec,
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    dout: Float[Array, "B T N H"],
+) -> tuple[Array, Array, Array, Array | None]:
+    """Gradients of query, key, value and bias; lse is +inf for rows that see nothing."""
+    bias = operands.bias
+    if query.size == 0 or key.size == 0:
+        dbias = None if bias is None else jnp.zeros_like(bias)
+        return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value), dbias
+    tiling = Tiling.of(query, key, operands, spec)
+    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+
+    def pull_back(chunk: Array, k: Array, v: Array, sums: Any, row: tuple[Array, ...]) -> tuple[Any, Array]:
+        number, q, do, lse, delta = row
+        step = tiling.step(chunk, number)
+        # Where rows are summed over, matmuls are faster with the smaller operand on the left and rows last.
+        q_transposed, do_transposed = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
+        lse, delta = (x.reshape(lanes, -1, 1) for x in (lse, delta))
+
+        def visit(tile: Array, state: Any, partial: bool) -> Any:
+            dq, dk, dv, dbias = state
+            x, factor, slope = step.logits(tile, _scores(q, k[tile]).reshape(lanes, *tiling.tile), partial)
+            p = p_kept = jnp.exp(x * factor - lse)
+            dp = _scores(do, v[tile]).reshape(p.shape)
+            if operands.dropout_seeds is not None:
+                keeps = step.kept(tile)
+                p_kept, dp = jnp.where(keeps, p, 0.0), jnp.where(keeps, dp / kept, 0.0)
+            ds = p * (dp - delta)
+            if dbias is not None:
+                dbias = step.add_to(dbias, tile, ds)
+            if slope is not None:
+                ds = ds * slope
+            p_kept, ds = (x.reshape(*q.shape[:-1], -1) for x in (p_kept, ds))
+            dv = dv.at[tile].set(dv[tile] + _multiply("lhr,lrs->lhs", do_transposed, p_kept))
+            dk = dk.at[tile].set(dk[tile] + _multiply("lhr,lrs->lhs", q_transposed, ds))
+            return dq + _multiply("lrs,lsh->lrh", ds, k[tile]), dk, dv, dbias
+
+        dq, *sums = step.sweep(visit, (jnp.zeros_like(q, jnp.float32), *sums))
+        return tuple(sums), (dq * spec.scale).astype(query.dtype)
+
+    def pull_back_all(dbias: Array | None, chunk: tuple[Array, ...]) -> tuple[Array | None, tuple[Array, ...]]:
+        number, k, v, *rows = chunk
+        zeros = jnp.zeros_like(jnp.swapaxes(k, 2, 3), jnp.float32)
+        (dk, dv, dbias), dq = lax.scan(
+            lambda sums, row: pull_back(number, k, v, sums, row), (zeros, zeros, dbias), (tiling.steps, *rows)
+        )
+        dk, dv = (jnp.swapaxes(x, 2, 3) for x in (dk * (abs(spec.scale) or 1.0), dv / kept))
+        return dbias, (dq, dk.astype(key.dtype), dv.astype(value.dtype))
+
+    q, k, v, do = _signed(query, spec), _working(key), _working(value), _working(dout)
+    rows = (
+        tiling.split_rows(q),
+        tiling.split_rows(do),
+        tiling.split_rows(jnp.swapaxes(lse, 1, 2), fill=jnp.inf),
+        tiling.split_rows(jnp.swapaxes(delta, 1, 2)),
+    )
+    chunks = tiling.chunks, tiling.split_keys(k), tiling.split_keys(v), *rows
+    dbias = None if tiling.operands.bias is None else jnp.zeros_like(tiling.operands.bias, jnp.float32)
+    dbias, (dq, dk, dv) = lax.scan(pull_back_all, dbias, chunks)
+    if bias is not None and dbias is not None:
+        dbias = dbias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
+    return tiling.join_rows(dq), tiling.join_keys(dk), tiling.join_keys(dv), dbias
+
+
+def _working(x: Array) -> Array:
+    """In a dtype that matmuls take; what they sum is float32."""
+    return x if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
+
+
+def _signed(query: Array, spec: AttentionSpec) -> Array:
+    """The query with the sign of the scale, so that what is left of it, a positive factor, keeps the maximum."""
+    sign = np.sign(spec.scale)
+    return _working(query) if sign == 1 else _working(query) * jnp.asarray(sign, _working(query).dtype)
+
+
+def _scores(rows: Float[Array, "L r H"], keys: Float[Array, "L s H"]) -> Float[Array, "L r s"]:
+    return _multiply("lrh,lsh->lrs", rows, keys)
+
+
+def _multiply(equation: str, a: Array, b: Array) -> Array:
+    """In the dtype of the narrower one, summed in float32."""
+
+    def in_dtype(dtype: Any, a: Array, b: Array) -> Array:
+        a, b = a.astype(dtype), b.astype(dtype)
+        return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
+
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    if narrow == jnp.float32:
+        return in_dtype(jnp.float32, a, b)
+    # Not every shape has a product of 16-bit matrices on a CPU.
+    return lax.platform_dependent(a, b, cpu=partial(in_dtype, jnp.float32), default=partial(in_dtype, narrow))
+
+
+def _column(x: Float[Array, "L rows"], q: Float[Array, "kv hr H"]) -> Float[Array, "kv hr 1"]:
+    return x.reshape(*q.shape[:-1], 1)
