@@ -37,15 +37,14 @@ def paged_attention_mosaic(
 ) -> Array:
     """See `paged_attention`, which checks the arguments. Jitted, so that a model's layers share one trace."""
     T, N, H = query.shape
-    L, P, block_size, K, _ = cache.keys.shape
+    K, block_size = cache.num_kv_heads, cache.block_size
     R = min(T, batch.block_tables.shape[0])
     config = config or paged_decode.default_config(K, N // K, H)
-    keys, values = (x.reshape(L * P, block_size, K * H) for x in (cache.keys, cache.values))
-    tables = batch.block_tables[:R] + layer * P
+    tables = batch.block_tables[:R] + layer * cache.num_blocks
     lengths = jnp.where(jnp.arange(R) < batch.num_decodes, batch.context_lens[:R], 0)
     items = paged_decode.split(lengths, window_left, tables.shape[1] * block_size, config)
     parts, lse = paged_decode.attend(
-        query[:R], keys, values, tables, items, scale=scale, soft_cap=logits_soft_cap, config=config
+        query[:R], cache.keys, cache.values, tables, items, scale=scale, soft_cap=logits_soft_cap, config=config
     )
     out = merge(parts, lse, items.runs, paged_decode.columns_of_heads(N, K), dtype=query.dtype)
     return jnp.pad(out[..., :H], ((0, T - R), (0, 0), (0, 0)))

@@ -36,7 +36,7 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
-from .mosaic_common import columns as panel_columns
+from .paged_tiles import PageTiles, padded, row_tiles
 
 LOG2E = math.log2(math.e)
 # Where the running maximum starts: finite, so that a column that has seen nothing gives exp2(-inf - start) = 0, no NaN.
@@ -75,7 +75,7 @@ def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig
     fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
     heads = next(d for d in fits if d == 1 or (d * padded(head_dim) <= 256 and d * columns <= MAX_COLUMNS))
     width = padded(head_dim)
-    tiles = 2 * TILE * heads * width * 2
+    tiles = 2 * PageTiles(TILE, 1, TILE, heads, head_dim).bytes
     others = heads * columns * (2 * width + 2 * TILE + 4 * width) + REDUCTION_BYTES + 2048
     stages = min((SHARED_MEMORY - others) // tiles, 6)
     return DecodeConfig(heads=heads, splits=max(128 * heads // num_kv_heads, 4), stages=stages)
@@ -83,8 +83,8 @@ def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig
 
 def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -> str | None:
     """Why the kernel cannot take these sizes, or None."""
-    if block_size % 8 or (TILE % block_size and block_size % TILE):
-        return f"its block sizes are 8, 16, 32 and multiples of {TILE}, got {block_size}"
+    if block_size % 8:
+        return f"its block sizes are multiples of 8, got {block_size}"
     if head_dim > 256:
         return f"its head dims are at most 256, got {head_dim}"
     if num_kv_heads * head_dim % 8:
@@ -92,15 +92,6 @@ def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -
     if padded_group(group) > MAX_COLUMNS:
         return f"it takes at most {MAX_COLUMNS} query heads a kv head, got {group}"
     return None
-
-
-def padded(head_dim: int) -> int:
-    """The head dim as the kernel works on it, in panels.
-
-    Where that is more than the cache has, a head's last panel also brings the beginning of the next head, or zeros:
-    the query's zeros make nothing of them in the scores, and what they give in the output is cut off.
-    """
-    return -(-head_dim // PANEL) * PANEL
 
 
 def padded_group(group: int) -> int:
@@ -144,8 +135,8 @@ def split(lengths: Int32[Array, " R"], window_left: int | None, max_tokens: int,
 
 def attend(
     query: Float[Array, "R N H"],
-    keys: Float[Array, "LP block_size KH"],
-    values: Float[Array, "LP block_size KH"],
+    keys: Float[Array, "L P block_size K H"],
+    values: Float[Array, "L P block_size K H"],
     tables: Int32[Array, "R max_blocks"],
     items: Items,
     *,
@@ -155,23 +146,13 @@ def attend(
 ) -> tuple[Float[Array, "items N padded"], Float[Array, "items columns"]]:
     """Output and log2-sum-exp2 of each item, float32; entries of items that do not exist are left as they were.
 
-    tables: pages of `keys` and `values`, the layer's offset added. The output's head dim is padded, and the log-sum-exp
-    has the padded columns of all heads (`columns_of_heads`).
+    tables: blocks of `keys` and `values`, those of all layers counted on. The output's head dim is padded, and the
+    log-sum-exp has the padded columns of all heads (`columns_of_heads`).
     """
     N, H = query.shape[1:]
-    block_size, K = keys.shape[1], keys.shape[2] // H
+    block_size, K = keys.shape[2:4]
     query = jnp.pad(query, ((0, 0), (0, 0), (0, padded(H) - H)))
-    rows = min(block_size, TILE)
-    keys, values = (x.reshape(-1, rows, K * H) for x in (keys, values))
-    launch = _Launch(
-        group=N // K,
-        head_dim=H,
-        block_size=block_size,
-        groups=K // config.heads,
-        scale=scale,
-        soft_cap=soft_cap,
-        config=config,
-    )
+    launch = _Launch(N // K, H, block_size, K // config.heads, scale, soft_cap, config)
 
     def kernel(*refs):
         block = _Block(launch, *refs)
@@ -190,13 +171,8 @@ def attend(
         thread_name="warpgroup",
         scratch_types=[launch.memory(query.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
-    )(query, keys, values, tables, items.fields, items.total)
+    )(query, launch.pages.cut(keys), launch.pages.cut(values), tables, items.fields, items.total)
     return out, lse
-
-
-def _row_tiles(*shape: int, dtype: jnp.dtype) -> Any:
-    """Shared memory [..., rows, columns] that TMA fills a page at a time, as wgmma wants it: rows come in eights."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, PANEL)), plgpu.SwizzleTransform(128)))
 
 
 @dataclass(frozen=True)
@@ -221,68 +197,28 @@ class _Launch:
         return self.config.heads * self.padded_group
 
     @property
-    def head_panels(self) -> int:
-        return padded(self.head_dim) // PANEL
-
-    @property
-    def panels(self) -> int:
-        """Of all heads of an item."""
-        return self.config.heads * self.head_panels
-
-    @property
-    def whole_rows(self) -> bool:
-        """Whether one copy brings the rows of all heads: they are whole panels."""
-        return self.head_dim % PANEL == 0
-
-    @property
-    def copies(self) -> int:
-        """That fill a tile."""
-        return TILE // self.rows * (1 if self.whole_rows else self.panels)
-
-    @property
-    def rows(self) -> int:
-        """Tokens of one copy."""
-        return min(self.block_size, TILE)
+    def pages(self) -> PageTiles:
+        """The rings of keys and of values."""
+        return PageTiles(TILE, self.config.stages, self.block_size, self.config.heads, self.head_dim)
 
     def memory(self, dtype: jnp.dtype) -> dict[str, Any]:
         """The shared memory of a block."""
-        stages = self.config.stages
-        full = plgpu.Barrier(num_arrivals=self.copies, num_barriers=stages)
-        free = plgpu.Barrier(num_barriers=stages)
+        pages = self.pages
+        full = plgpu.Barrier(num_arrivals=pages.copies, num_barriers=pages.stages)
+        free = plgpu.Barrier(num_barriers=pages.stages)
         return {
-            "queries": tile_memory(self.config.heads, self.head_panels, self.padded_group, PANEL, dtype=dtype),
-            "keys": self.tiles(dtype),
-            "values": self.tiles(dtype),
-            "weights": _row_tiles(self.columns, TILE, dtype=dtype),
+            "queries": tile_memory(pages.heads, pages.head_panels, self.padded_group, PANEL, dtype=dtype),
+            "keys": pages.memory(dtype),
+            "values": pages.memory(dtype),
+            "weights": row_tiles(self.columns, TILE, dtype=dtype),
             "out": plgpu.SMEM((self.columns, padded(self.head_dim)), jnp.float32),
             "lse": plgpu.SMEM((self.columns,), jnp.float32),
-            "queries_full": plgpu.Barrier(num_arrivals=self.panels),
+            "queries_full": plgpu.Barrier(num_arrivals=pages.panels),
             "keys_full": full,
             "values_full": full,
             "keys_free": free,
             "values_free": free,
         }
-
-    def tiles(self, dtype: jnp.dtype) -> Any:
-        """A ring of tiles of keys or values."""
-        if self.whole_rows:
-            return _row_tiles(self.config.stages, TILE, self.panels * PANEL, dtype=dtype)
-        return tile_memory(self.config.stages, self.panels, TILE, PANEL, dtype=dtype)
-
-    def panel(self, tiles: Ref, at: Scalar, panel: int) -> Ref:
-        """A panel [TILE, 64] of the tile in a slot."""
-        if self.whole_rows:
-            return tiles.at[at, :, panel_columns(panel)]
-        return tile_views(tiles)[1].at[at, panel]
-
-    def places(self, tiles: Ref, at: Scalar, heads: Scalar, rows: Any) -> list[tuple[Any, Ref]]:
-        """What fills these rows of a slot with a group of heads: columns of the cache, and where they go."""
-        first = heads * (self.config.heads * self.head_dim)
-        if self.whole_rows:
-            return [(pl.ds(first, self.panels * PANEL), tiles.at[at, rows])]
-        starts = [h * self.head_dim + p * PANEL for h in range(self.config.heads) for p in range(self.head_panels)]
-        view = tile_views(tiles)[0]
-        return [(pl.ds(first + start, PANEL), view.at[at, i, rows]) for i, start in enumerate(starts)]
 
 
 class _Item(NamedTuple):
@@ -332,37 +268,17 @@ class _Block:
         drain(done, self.config.stages, self.memory["values_free"])
 
     def load_item(self, item: _Item, done: Scalar) -> None:
-        launch, memory, stages = self.launch, self.memory, self.config.stages
-
-        def copy(source, tiles, full, at, index, token, block):
-            rows = pl.ds(index * launch.rows, launch.rows)
-            for columns, target in launch.places(tiles, at, item.heads, rows):
-                # What is past the end or before the window is nobody's, and is not read.
-                visible = (token < item.stop) & (token + launch.rows > item.low)
-                place = source.at[block, :, columns]
-                pl.when(visible)(partial(plgpu.copy_gmem_to_smem, place, target, full))
-                pl.when(~visible)(partial(plgpu.barrier_arrive, full))
+        pages, memory = self.launch.pages, self.memory
 
         @pl.loop(0, item.steps)
         def _(step):
-            at = slot(done + step, stages)
-            tokens = [item.start + step * TILE + i * launch.rows for i in range(TILE // launch.rows)]
+            at, first = slot(done + step, pages.stages), item.start + step * TILE
             # Read before the wait for a free slot, which hides how long it takes.
-            blocks = [self.block_of(item, token) for token in tokens]
+            pieces = pages.pieces(self.tables, item.sequence, first, item.stop)
             for source, name in ((self.keys, "keys"), (self.values, "values")):
                 full, free = memory[f"{name}_full"].at[at], memory[f"{name}_free"].at[at]
-                pl.when(done + step >= stages)(partial(plgpu.barrier_wait, free))
-                for index, (token, block) in enumerate(zip(tokens, blocks, strict=True)):
-                    copy(source, memory[name], full, at, index, token, block)
-
-    def block_of(self, item: _Item, token: Scalar) -> Scalar:
-        """Where the token's rows lie in the cache, in blocks of at most a tile."""
-        block_size = self.launch.block_size
-        token = lax.min(token, item.stop - 1)
-        block = self.tables[item.sequence, lax.div(token, jnp.int32(block_size))]
-        if block_size <= TILE:
-            return block
-        return block * (block_size // TILE) + lax.div(lax.rem(token, jnp.int32(block_size)), jnp.int32(TILE))
+                pl.when(done + step >= pages.stages)(partial(plgpu.barrier_wait, free))
+                pages.load(source, pieces, item.heads, memory[name], at, full, first, item.low, item.stop)
 
     def compute(self) -> None:
         """The warpgroup that computes."""
@@ -370,7 +286,7 @@ class _Block:
 
     def compute_item(self, item: _Item, done: Scalar) -> None:
         launch, memory = self.launch, self.memory
-        heads, columns, panels = self.config.heads, launch.columns, launch.head_panels
+        heads, columns, panels = self.config.heads, launch.columns, launch.pages.head_panels
         query_tma, _ = tile_views(memory["queries"])
         first_head = item.heads * heads
         for head in range(heads):
@@ -429,8 +345,8 @@ class _Block:
         @pl.when(hides)
         def _():
             # Unowned memory may hold NaN, and 0 * NaN is not 0.
-            for panel in range(launch.panels):
-                tile = launch.panel(memory["values"], at, panel)
+            for panel in range(launch.pages.panels):
+                tile = launch.pages.panel(memory["values"], at, panel)
                 value = tile[...]
                 tile[...] = jnp.where(visible(value.shape), value, jnp.zeros_like(value))
 
@@ -446,8 +362,8 @@ class _Block:
         """K Q^T, a kv head's queries beside the other's."""
         queries = tile_views(self.memory["queries"])[1]
         for head in range(self.config.heads):
-            for panel in range(self.launch.head_panels):
-                key = self.launch.panel(self.memory["keys"], at, head * self.launch.head_panels + panel)
+            for panel in range(self.launch.pages.head_panels):
+                key = self.launch.pages.panel(self.memory["keys"], at, head * self.launch.pages.head_panels + panel)
                 plgpu.wgmma(self.of_head(product, head), key, queries.at[head, panel].transpose((1, 0)))
         return product[...]
 
@@ -455,7 +371,7 @@ class _Block:
         """A panel of V^T P^T."""
         for head in range(self.config.heads):
             own = pl.ds(head * self.launch.padded_group, self.launch.padded_group)
-            value = self.launch.panel(self.memory["values"], at, head * self.launch.head_panels + panel)
+            value = self.launch.pages.panel(self.memory["values"], at, head * self.launch.pages.head_panels + panel)
             weights = self.memory["weights"].at[own].transpose((1, 0))
             plgpu.wgmma(self.of_head(product, head), value.transpose((1, 0)), weights)
         return product[...]
