@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .beam_search_params import BeamSearchParams as BeamSearchParams
     from .config import EngineConfig as EngineConfig
     from .generation import GenerateOutput as GenerateOutput
     from .generation import generate as generate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for, so that the host side (`jpaged.scheduler`, say) can be used without JAX.
 _HOME = {
+    "BeamSearchParams": "beam_search_params",
     "EngineConfig": "config",
     "GenerateOutput": "generation",
     "generate": "generation",

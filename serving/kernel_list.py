@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BlockMask, KVCache, copy_blocks, flash_attention
+from pallas_kernels import BlockMask, KVCache, PagedBatch, copy_blocks, flash_attention, rotate_and_write_kv, write_kv
 
 Program = tuple[Callable, tuple]  # a function, and pytrees of arrays or of their shapes as its arguments
 
@@ -47,9 +46,13 @@ HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in 
 
 def kernel_list() -> list[Entry]:
     """All entries, in the order of the printed table."""
-    entries = [*flash_entries(LLAMA_3_8B, "causal"), *flash_entries(GPT_2, "causal")]
-    entries += [entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)]
-    return [*entries, copy_entry()]
+    return [
+        *flash_entries(LLAMA_3_8B, "causal"),
+        *flash_entries(GPT_2, "causal"),
+        *cache_entries("decode", tokens=64),
+        *cache_entries("prefill", tokens=2048),
+        *(entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)),
+    ]
 
 
 # The options of `flash_attention`, by what they ask for.
@@ -99,15 +102,43 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
     return seen * length - seen * (seen - 1) / 2
 
 
-def copy_entry(pairs: int = 64, layers: int = 32, block_size: int = 16) -> Entry:
-    """Copies of blocks of Llama-3-8B's cache, keys and values of all layers at once, in the donated cache."""
-    K, H = LLAMA_3_8B.K, LLAMA_3_8B.H
+def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
+    """What a step of so many tokens does to the cache of Llama-3-8B: one layer's writes, copies of as many tokens."""
+    N, K, H = LLAMA_3_8B.N, LLAMA_3_8B.K, LLAMA_3_8B.H
+    L, num_blocks, block_size = 32, 4096, 16
+    pages = jax.ShapeDtypeStruct((L, num_blocks, block_size, K, H), jnp.bfloat16)
+    query, key = (jax.ShapeDtypeStruct((tokens, heads, H), jnp.bfloat16) for heads in (N, K))
+    angle = jax.ShapeDtypeStruct((tokens, H // 2), jnp.float32)
+    slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    pairs = jax.ShapeDtypeStruct((tokens // block_size, 2), jnp.int32)
 
-    def build() -> Program:
-        create = partial(KVCache.create, num_layers=layers, num_blocks=4096, block_size=block_size, num_kv_heads=K)
-        cache = jax.eval_shape(lambda: create(head_dim=H, dtype=jnp.bfloat16))
-        copy = jax.jit(lambda cache, pairs: copy_blocks(cache, pairs, implementation="mosaic"), donate_argnums=0)
-        return copy, (cache, jax.ShapeDtypeStruct((pairs, 2), jnp.int32))
+    def write(keys, values, slots, layer, key, value):
+        return write_kv(KVCache(keys, values), _writes_to(slots), layer, key, value, implementation="mosaic")
 
-    block_bytes = 2 * layers * block_size * K * H * 2
-    return Entry(f"copy-blocks llama-3-8b {pairs}-pairs", build, flops=0, bytes=2 * pairs * block_bytes)
+    def rotate_and_write(keys, values, slots, layer, query, key, value, cos, sin):
+        cache, batch = KVCache(keys, values), _writes_to(slots)
+        return rotate_and_write_kv(cache, batch, layer, query, key, value, cos, sin, implementation="mosaic")
+
+    def copy(keys, values, pairs):
+        return copy_blocks(KVCache(keys, values), pairs, implementation="mosaic")
+
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    kv_bytes = 2 * 2 * K * H  # of a token, in one layer
+    for operation, function, arguments, moved in (
+        ("write-kv", write, (slots, layer, key, key), 2 * tokens * kv_bytes),
+        (
+            "rotate-and-write-kv",
+            rotate_and_write,
+            (slots, layer, query, key, key, angle, angle),
+            tokens * (2 * kv_bytes + 2 * 2 * N * H + 4 * H),
+        ),
+        ("copy-blocks", copy, (pairs,), 2 * tokens * kv_bytes * L),
+    ):
+        program = jax.jit(function, donate_argnums=(0, 1)), (pages, pages, *arguments)
+        yield Entry(f"{operation} llama-3-8b {name}", lambda program=program: program, 0.0, moved)
+
+
+def _writes_to(slots: jax.Array) -> PagedBatch:
+    """A batch of which only the slots matter."""
+    none = jnp.zeros(1, jnp.int32)
+    return PagedBatch(none[:, None], none, jnp.zeros(2, jnp.int32), slots, none[0], max_query_len=1)

@@ -132,15 +132,15 @@ def test_no_conversations(llm):
 @pytest.mark.parametrize("steps", [0, 2])
 def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch, steps):
     alone = texts(llm.generate(["a", "bc", "def"], GREEDY, progress=False))
-    execute, left = llm.engine._runner.execute, iter(range(steps))
+    start, left = llm.engine._runner.start, iter(range(steps))
 
     def interrupted(scheduled):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return execute(scheduled)
+        return start(scheduled)
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine._runner, "execute", interrupted)
+        patched.setattr(llm.engine._runner, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["a", "bc", "def"], GREEDY, progress=False)
     assert not llm.engine.has_unfinished()
