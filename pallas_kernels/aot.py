@@ -100,7 +100,7 @@ class Kernel:
 class Report:
     """A compiled program.
 
-    kernels: each once, in the program's order. text: what XLA made of the program, its optimized HLO. memory: of one
+    kernels: each once, in the order in which they were traced. text: what XLA made of the program, its optimized HLO. memory: of one
     device, in bytes (argument_size_in_bytes, alias_size_in_bytes, temp_size_in_bytes and others).
     """
 
@@ -195,11 +195,11 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
     with _uncached(), _dumped() as folder:
         compiled = lowered.compile()
         text = compiled.as_text()
-        # XLA names each of our kernels by the module it came from, and its dumps carry that name.
-        modules = dict.fromkeys(re.findall(r"mosaic_gpu\.dump_basename\\00(\w+)\\00", text))
+        modules = sorted((path.stem for path in folder.glob("*.ptxas")), key=lambda name: int(name.rpartition("_")[2]))
         kernels = tuple(_read_kernel(folder, module) for module in modules)
-    if len(modules) < ("mosaic_gpu" in text):
-        raise RuntimeError("expected the names of the kernels in the compiled program, found none")
+    hashes = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
+    if len(kernels) != len(hashes):
+        raise RuntimeError(f"expected what the compiler says of {len(hashes)} kernels, found {', '.join(modules)}")
     return Report(GPUS[gpu], kernels, text, compiled.memory_analysis())
 
 
@@ -266,10 +266,11 @@ def _read_kernel(folder: Path, module: str) -> Kernel:
     spills = _search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stack, spill_stores, spill_loads = map(int, spills)
     notes = tuple(line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C\d+\)", line))
-    # The last form of the host's code: launch(stream, grid, cluster, block, bytes of shared memory, ...).
+    # The last form of the host's code, which calls, by jax 0.11 and 0.12: (stream, grid, cluster, block, bytes of shared
+    # memory, ...).
     host = passes[passes.rfind("IR Dump") :]
     constants = dict(re.findall(r"(%\w+) = llvm\.mlir\.constant\((\d+) : i(?:32|64)\)", host))
-    launch = _search(r"llvm\.call @mosaic_gpu_launch_kernel\(([^)]*)\)", host)[0].split(", ")
+    launch = _search(r"llvm\.call @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(([^)]*)\)", host)[0].split(", ")
     numbers = [_constant(value, host, constants) for value in launch[1:11]]
     return Kernel(
         name=re.sub(r"_\d+$", "", module),
