@@ -100,7 +100,7 @@ class Kernel:
 class Report:
     """A compiled program.
 
-    kernels: each once, in the order in which they were traced. text: what XLA made of the program, its optimized HLO. memory: of one
+    kernels: each once, in the program's order. text: what XLA made of the program, its optimized HLO. memory: of one
     device, in bytes (argument_size_in_bytes, alias_size_in_bytes, temp_size_in_bytes and others).
     """
 
@@ -195,12 +195,25 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
     with _uncached(), _dumped() as folder:
         compiled = lowered.compile()
         text = compiled.as_text()
-        modules = sorted((path.stem for path in folder.glob("*.ptxas")), key=lambda name: int(name.rpartition("_")[2]))
-        kernels = tuple(_read_kernel(folder, module) for module in modules)
-    hashes = set(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
-    if len(kernels) != len(hashes):
-        raise RuntimeError(f"expected what the compiler says of {len(hashes)} kernels, found {', '.join(modules)}")
+        dumped = [_read_kernel(folder, path.stem) for path in sorted(folder.glob("*.ptxas"), key=_number)]
+    hashes = dict.fromkeys(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
+    new = [name for name in hashes if name not in _COMPILED]
+    if len(dumped) != len(new):
+        raise RuntimeError(
+            f"expected to read of {len(new)} kernels compiled, found {[kernel.name for kernel in dumped]}"
+        )
+    _COMPILED.update(zip(new, dumped, strict=True))
+    kernels = tuple(_COMPILED[name] for name in hashes)
     return Report(GPUS[gpu], kernels, text, compiled.memory_analysis())
+
+
+# By the hash that names a kernel in a program: from jax 0.12 on, the compiler does not compile one again.
+_COMPILED: dict[str, Kernel] = {}
+
+
+def _number(path: Path) -> int:
+    """Of a dump, counted in the order of compilation."""
+    return int(path.stem.rpartition("_")[2])
 
 
 @contextmanager
@@ -266,8 +279,8 @@ def _read_kernel(folder: Path, module: str) -> Kernel:
     spills = _search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stack, spill_stores, spill_loads = map(int, spills)
     notes = tuple(line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C\d+\)", line))
-    # The last form of the host's code, which calls, by jax 0.11 and 0.12: (stream, grid, cluster, block, bytes of shared
-    # memory, ...).
+    # The last form of the host's code. What it calls, in jax 0.11 or 0.12, takes (stream, grid, cluster, block, bytes of
+    # shared memory, ...).
     host = passes[passes.rfind("IR Dump") :]
     constants = dict(re.findall(r"(%\w+) = llvm\.mlir\.constant\((\d+) : i(?:32|64)\)", host))
     launch = _search(r"llvm\.call @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(([^)]*)\)", host)[0].split(", ")
