@@ -7,7 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import BlockMask, KVCache, PagedBatch, copy_blocks, flash_attention, rotate_and_write_kv, write_kv
+from pallas_kernels import (
+    BlockMask,
+    KVCache,
+    PagedBatch,
+    copy_blocks,
+    flash_attention,
+    paged_attention,
+    rotate_and_write_kv,
+    write_kv,
+)
 
 Program = tuple[Callable, tuple]  # a function, and pytrees of arrays or of their shapes as its arguments
 
@@ -49,6 +58,7 @@ def kernel_list() -> list[Entry]:
     return [
         *flash_entries(LLAMA_3_8B, "causal"),
         *flash_entries(GPT_2, "causal"),
+        *(decode_entry(shape, *sizes) for shape in (LLAMA_3_8B, GPT_2) for sizes in ((64, 2048), (1, 65536))),
         *cache_entries("decode", tokens=64),
         *cache_entries("prefill", tokens=2048),
         *(entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)),
@@ -100,6 +110,27 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
         return length**2
     seen = options.get("local_window_size", (length - 1, 0))[0] + 1  # by the last row
     return seen * length - seen * (seen - 1) / 2
+
+
+def decode_entry(shape: Shape, sequences: int, context: int) -> Entry:
+    """One token of each of so many sequences attends to its context, in one layer's blocks of 16."""
+    N, K, H = shape.N, shape.K, shape.H
+    blocks = context // 16
+    pages = jax.ShapeDtypeStruct((2, sequences * blocks, 16, K, H), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((sequences, N, H), jnp.bfloat16)
+    tables = jax.ShapeDtypeStruct((sequences, blocks), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+
+    def decode(query, keys, values, tables, lengths, layer):
+        starts = jnp.arange(sequences + 1, dtype=jnp.int32)
+        batch = PagedBatch(tables, lengths, starts, -jnp.ones_like(lengths), starts[-1], max_query_len=1)
+        return paged_attention(query, KVCache(keys, values), batch, layer, implementation="mosaic")
+
+    arguments = (query, pages, pages, tables, lengths, jax.ShapeDtypeStruct((), jnp.int32))
+    pairs = sequences * context
+    moved = 2 * 2 * (K * H * pairs + N * H * sequences) + 4 * sequences * blocks
+    name = f"paged-decode {shape.name} {sequences}x{context}"
+    return Entry(name, lambda: (decode, arguments), 4 * N * H * pairs, moved)
 
 
 def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
