@@ -40,7 +40,8 @@ def model():
 
 
 def make(model, **config):
-    return LLMEngine(model, None, EngineConfig(**(SIZES | {"batch_invariant": True} | config)))
+    sizes: dict[str, Any] = SIZES | {"batch_invariant": True} | config
+    return LLMEngine(model, None, EngineConfig(**sizes))
 
 
 def requests():
