@@ -709,3 +709,20 @@ def test_bad_configurations(config, error):
     for name in ("enable_prefix_caching", "batch_invariant"):
         with pytest.raises(TypeError, match=f"^{name}: expected a bool, got 1$"):
             EngineConfig(**{name: 1})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("params", "ahead"), [(GREEDY, True), (BeamSearchParams(beam_width=2, max_tokens=12), False)])
+def test_the_next_step_starts_while_the_last_one_runs(engine, monkeypatch, params, ahead):
+    """Where the host need not know the tokens in between."""
+    calls = []
+    for name in ("start", "finish"):
+        original = getattr(engine._runner, name)
+
+        def noted(step, name=name, original=original):
+            calls.append(name)
+            return original(step)
+
+        monkeypatch.setattr(engine._runner, name, noted)
+    run(engine, [5], params)
+    steady = ["start", *["start", "finish"] * 11, "finish"]
+    assert calls == (steady if ahead else ["start", "finish"] * 12)

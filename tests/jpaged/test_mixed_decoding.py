@@ -16,7 +16,7 @@ from jpaged import BeamSearchParams, EngineConfig, LLMEngine, SamplingParams
 pytest.importorskip("models")
 
 VOCAB = 64
-SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64}
+SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 12, "max_model_len": 64}
 POOLS: dict[str, dict[str, Any]] = {
     "large": {"num_blocks": 64},
     "large, no prefix caching": {"num_blocks": 64, "enable_prefix_caching": False},
