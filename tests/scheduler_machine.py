@@ -25,7 +25,7 @@ def plain_loop(group: SequenceGroup, index: int) -> tuple[list[int], str]:
     while True:
         tokens.append(next_token(group.seed, index, seen))
         seen = checksum(seen, tokens[-1])
-        if tokens[-1] == STOP and len(tokens) - prompt_len > group.params.min_tokens:
+        if tokens[-1] == STOP and len(tokens) - prompt_len > group.min_tokens:
             return tokens, "stop"
         if len(tokens) == group.max_len:
             return tokens, "length"
