@@ -23,7 +23,7 @@ WAYS: list[SamplingParams | BeamSearchParams] = [
     SamplingParams(temperature=1.0, seed=7, max_tokens=24, logprobs=20),
     SamplingParams(n=2, temperature=1.0, seed=8, max_tokens=20, logprobs=20, prompt_logprobs=20),
     BeamSearchParams(beam_width=3, max_tokens=12),
-    SamplingParams(temperature=0.5, seed=9, max_tokens=24, logprobs=3, frequency_penalty=0.3),
+    SamplingParams(temperature=0.5, seed=9, max_tokens=24, logprobs=3, top_k=40, top_p=0.9),
 ]
 
 
@@ -40,7 +40,8 @@ def model():
 
 
 def make(model, **config):
-    return LLMEngine(model, None, EngineConfig(**(SIZES | {"batch_invariant": True} | config)))
+    sizes: dict[str, Any] = SIZES | {"batch_invariant": True} | config
+    return LLMEngine(model, None, EngineConfig(**sizes))
 
 
 def requests():

@@ -646,3 +646,83 @@ def test_a_request_that_rules_out_every_token_fails_alone(engine):
     assert outputs["fails"].error == "no token may be drawn: the request's parameters rule out all of them"
     assert [(sample.finish_reason, sample.token_ids) for sample in outputs["fails"].outputs] == [("error", ())] * 2
     assert tokens(outputs["stays"]) == alone
+
+
+def test_a_prefix_is_shared_only_under_the_same_salt(model):
+    engine = make(model)
+    prompt, cached = [7] * 21, []
+    for i, salt in enumerate([None, None, "a", "b", "a", None]):
+        engine.add_request(str(i), prompt, GREEDY, cache_salt=salt)
+        cached.append(finish(engine)[str(i)].num_cached_tokens)
+    assert cached == [0, 20, 0, 0, 20, 20]
+    assert engine.stats().prefix_cache_hits == 60
+    assert engine.stats().prefix_cache_queries == 6 * 21
+
+
+def test_the_more_urgent_runs_first(model):
+    engine = make(model, max_num_seqs=1)
+    for name, priority in (("a", 0), ("later", 5), ("urgent", -1)):
+        engine.add_request(name, [5], GREEDY, priority=priority)
+    ended = []
+    while engine.has_unfinished():
+        ended += [output.request_id for output in engine.step() if output.finished]
+    assert ended == ["urgent", "a", "later"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"priority": 1.0}, "priority: expected an int, got 1.0"),
+        ({"priority": True}, "priority: expected an int, got True"),
+        ({"cache_salt": 3}, "cache_salt: expected a str or None, got 3"),
+        ({"cache_salt": b"a"}, "cache_salt: expected a str or None, got b'a'"),
+    ],
+)
+def test_bad_priorities_and_salts(engine, asked, error):
+    with pytest.raises(TypeError, match=f"^{error}$"):
+        engine.add_request("a", [5], GREEDY, **asked)
+
+
+def test_a_beam_search_that_is_aborted_gives_what_it_has(engine):
+    engine.add_request("goes", PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=12))
+    engine.add_request("stays", PROMPTS[1], GREEDY)
+    for _ in range(8):
+        engine.step()
+    output = engine.abort("goes")
+    assert [answer.finish_reason for answer in output.outputs] == ["abort"] * 3
+    assert {len(answer.token_ids) for answer in output.outputs} <= set(range(2, 9))
+    assert len({answer.token_ids for answer in output.outputs}) == 3
+    finish(engine)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"preemption": "swap"}, 'num_host_blocks: expected at least 1 for preemption="swap", got 0'),
+        ({"preemption": "never"}, 'preemption: expected "auto", "swap" or "recompute", got \'never\''),
+        ({"num_host_blocks": -1}, "num_host_blocks: expected an int >= 0, got -1"),
+    ],
+)
+def test_bad_configurations(config, error):
+    with pytest.raises(ValueError, match=f"^{error}$"):
+        EngineConfig(**config)
+    for name in ("enable_prefix_caching", "batch_invariant"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got 1$"):
+            EngineConfig(**{name: 1})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("params", "ahead"), [(GREEDY, True), (BeamSearchParams(beam_width=2, max_tokens=12), False)])
+def test_the_next_step_starts_while_the_last_one_runs(engine, monkeypatch, params, ahead):
+    """Where the host need not know the tokens in between."""
+    calls = []
+    for name in ("start", "finish"):
+        original = getattr(engine._runner, name)
+
+        def noted(step, name=name, original=original):
+            calls.append(name)
+            return original(step)
+
+        monkeypatch.setattr(engine._runner, name, noted)
+    run(engine, [5], params)
+    steady = ["start", *["start", "finish"] * 11, "finish"]
+    assert calls == (steady if ahead else ["start", "finish"] * 12)

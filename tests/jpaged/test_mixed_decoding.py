@@ -16,7 +16,7 @@ from jpaged import BeamSearchParams, EngineConfig, LLMEngine, SamplingParams
 pytest.importorskip("models")
 
 VOCAB = 64
-SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64}
+SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 12, "max_model_len": 64}
 POOLS: dict[str, dict[str, Any]] = {
     "large": {"num_blocks": 64},
     "large, no prefix caching": {"num_blocks": 64, "enable_prefix_caching": False},
@@ -65,7 +65,8 @@ def model():
 
 
 def make(model, **config):
-    return LLMEngine(model, None, EngineConfig(**({"block_size": 8} | SIZES | config)))
+    sizes: dict[str, Any] = {"block_size": 8} | SIZES | config
+    return LLMEngine(model, None, EngineConfig(**sizes))
 
 
 def finish(engine):
@@ -100,9 +101,9 @@ def test_answers_are_the_same(model, alone, pool):
         outputs = finish(engine)
         for i, expected in enumerate(alone):
             assert answers(outputs[str(i)]) == expected, f"request {i}, round {again}"
-        stats = engine.stats()
-        assert (stats.num_running, stats.num_waiting, stats.num_swapped) == (0, 0, 0)
-        assert (stats.num_free_blocks, stats.num_free_host_blocks) == (stats.num_blocks, stats.num_host_blocks)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_swapped) == (0, 0, 0)
+    assert (stats.num_free_blocks, stats.num_free_host_blocks) == (stats.num_blocks, stats.num_host_blocks)
     assert (stats.num_preemptions > 0) == (not pool.startswith("large") and pool != "blocks of 32"), stats
     assert (stats.prefix_cache_hits > 0) == ("no prefix caching" not in pool)
 

@@ -45,6 +45,7 @@ SEGMENTS = jnp.asarray(np.where(FIRST, 3, 5)[None], jnp.int32)
         ({"key_value_seq_lengths": jnp.array([512], jnp.int32)}, FIRST | ~FIRST),
         ({"segment_ids": SEGMENTS}, FIRST),
         ({"block_mask": BlockMask(np.array([[True, False], [True, True]]), 512, 512)}, FIRST),
+        ({"block_mask": BlockMask(np.tri(8, dtype=bool), 128, 128)}, FIRST),
         ({"block_mask": BlockMask(np.array([[[True, False]], [[True, False]]]), LENGTH, 512)}, FIRST | ~FIRST),
     ],
     ids=lambda options: "+".join(options) if isinstance(options, dict) else "",

@@ -5,7 +5,6 @@ from itertools import count
 from typing import NamedTuple
 
 from host_model import STOP, FakeRunner, StepRun, candidates, checksum, checksum_of, next_token
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from operation_count import operations
@@ -26,7 +25,7 @@ def plain_loop(group: SequenceGroup, index: int) -> tuple[list[int], str]:
     while True:
         tokens.append(next_token(group.seed, index, seen))
         seen = checksum(seen, tokens[-1])
-        if tokens[-1] == STOP and len(tokens) - prompt_len > group.params.min_tokens:
+        if tokens[-1] == STOP and len(tokens) - prompt_len > group.min_tokens:
             return tokens, "stop"
         if len(tokens) == group.max_len:
             return tokens, "length"
@@ -206,6 +205,7 @@ class World:
             for group in scheduler._preempted
             if group.is_swapped
             for s in group.unfinished()
+            if s.num_slots
             for block in blocks.block_table(s.seq_id)
         }
         assert blocks.num_free_host_blocks == blocks.num_host_blocks - len(on_host)
@@ -346,7 +346,3 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "world"):
             self.world.drain()
-
-
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(deadline=None, stateful_step_count=60)
