@@ -279,8 +279,8 @@ def _read_kernel(folder: Path, module: str) -> Kernel:
     spills = _search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stack, spill_stores, spill_loads = map(int, spills)
     notes = tuple(line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C\d+\)", line))
-    # The last form of the host's code. What it calls, in jax 0.11 or 0.12, takes (stream, grid, cluster, block, bytes of
-    # shared memory, ...).
+    # The last form of the host's code. What it calls, by jax 0.11 or 0.12, takes stream, grid, cluster, block, bytes of
+    # shared memory, and more.
     host = passes[passes.rfind("IR Dump") :]
     constants = dict(re.findall(r"(%\w+) = llvm\.mlir\.constant\((\d+) : i(?:32|64)\)", host))
     launch = _search(r"llvm\.call @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(([^)]*)\)", host)[0].split(", ")
