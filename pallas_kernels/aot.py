@@ -147,8 +147,7 @@ def mesh(
     >>> mesh("h100", (8,), ("tensor",)).size
     8
     """
-    if gpu not in GPUS:
-        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    target = _named(gpu)
     # The plugin would look for all of CUDA's libraries, of which the compiler needs none. Read when it is loaded.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
@@ -156,7 +155,7 @@ def mesh(
             platform="cuda",
             topology_name=gpu,
             topology=f"1x{math.prod(shape)}x1",
-            target_config=GPUS[gpu].target_config,
+            target_config=target.target_config,
         )
     except NotImplementedError:
         raise RuntimeError(
@@ -179,9 +178,9 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
     Raises ValueError where `devices` are not that GPU, what `mesh` raises, and what tracing and compiling raise.
     """
     devices = mesh(gpu) if devices is None else devices
-    kind = devices.devices.flat[0].device_kind
-    if kind != GPUS[gpu].device_kind:
-        raise ValueError(f"devices: expected {GPUS[gpu].device_kind}, got {kind}")
+    expected, kind = _named(gpu).device_kind, devices.devices.flat[0].device_kind
+    if kind != expected:
+        raise ValueError(f"devices: expected {expected}, got {kind}")
     replicated = jax.sharding.NamedSharding(devices, jax.P())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -205,6 +204,12 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
     _COMPILED.update(zip(new, dumped, strict=True))
     kernels = tuple(_COMPILED[name] for name in hashes)
     return Report(GPUS[gpu], kernels, text, compiled.memory_analysis())
+
+
+def _named(gpu: str) -> Gpu:
+    if gpu not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    return GPUS[gpu]
 
 
 # By the hash that names a kernel in a program: from jax 0.12 on, the compiler does not compile one again.
