@@ -364,5 +364,6 @@ def _run(
         thread_name="warpgroup",
         scratch_types=[launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="flash_forward",
     )(*inputs.values(), *tables)
     return out, lse[:, :, :T]

@@ -451,6 +451,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
         thread_name="warpgroup",
         scratch_types=[launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="_".join(("flash_backward", *wanted)),
     )(*inputs.values(), *tables)
 
 
