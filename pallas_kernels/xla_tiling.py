@@ -210,7 +210,8 @@ class Step:
             self._row_keys = dropout.row_keys(seed[:, :1], seed[:, 1:], head[:, None], row[None])
 
     def sweep(self, visit: Callable[["Tiles", Any, bool], Any], state: Any) -> Any:
-        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, then those that do."""
+        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, several at
+        once, then those left over and those that need one, one by one."""
         visits, span = self._tiling.visits, self._tiling.config.span
         if visits is None:
             start, full_start, full_stop, stop = self._tiling.band(self._row_tile)
@@ -252,18 +253,18 @@ class Step:
             slope = 1 - x * x
         if operands.bias is not None:
             x, factor = x * factor + self._tile_of(operands.bias, tiles).astype(jnp.float32), 1.0
-        checks = self._checks(tiles) if partial else []
+        checks = self._checks(*tiles.numbers) if partial else []
         if operands.mask is not None:
             checks.append(self._tile_of(operands.mask, tiles))
         if checks:
             x = jnp.where(functools.reduce(operator.and_, checks), x, -jnp.inf)
         return x, factor, slope
 
-    def _checks(self, tiles: "Tiles") -> list[Bool[Array, "#L #rows #keys"]]:
-        """What hides entries of tiles, beside the mask."""
+    def _checks(self, tile: Scalar) -> list[Bool[Array, "#L #rows #keys"]]:
+        """What hides entries of a tile, beside the mask."""
         tiling, operands, spec = self._tiling, self._tiling.operands, self._tiling.spec
         row = (self._row_tile * self._rows + jnp.arange(self._rows, dtype=jnp.int32))[None, :, None]
-        column = self._columns(tiles)[None, None]
+        column = (tile * self._keys + jnp.arange(self._keys, dtype=jnp.int32))[None, None]
         checks = []
         if spec.lower is not None:
             checks.append(column >= row + spec.lower)
@@ -277,13 +278,7 @@ class Step:
             of_rows = lax.dynamic_slice(
                 operands.query_segments, (self._sequence, self._row_tile * self._rows), (1, self._rows)
             )
-            of_keys = jnp.concatenate(
-                [
-                    lax.dynamic_slice(operands.key_segments, (self._sequence, tile * self._keys), (1, self._keys))
-                    for tile in tiles.numbers
-                ],
-                1,
-            )
+            of_keys = lax.dynamic_slice(operands.key_segments, (self._sequence, tile * self._keys), (1, self._keys))
             checks.append(of_rows[:, :, None] == of_keys[:, None])
         blocks = operands.block_mask
         if blocks is not None and tiling.cuts_blocks:
@@ -293,13 +288,10 @@ class Step:
             checks.append(mask[of_row[0, :, 0]][:, of_column[0, 0]][None])
         return checks
 
-    def _columns(self, tiles: "Tiles") -> Int32[Array, " keys"]:
-        of_tile = jnp.arange(self._keys, dtype=jnp.int32)
-        return jnp.concatenate([tile * self._keys + of_tile for tile in tiles.numbers])
-
     def kept(self, tiles: "Tiles") -> Bool[Array, "L rows keys"]:
         """What dropout keeps."""
-        column = self._columns(tiles).astype(jnp.uint32)
+        of_tile = jnp.arange(self._keys, dtype=jnp.int32)
+        column = jnp.concatenate([tile * self._keys + of_tile for tile in tiles.numbers]).astype(jnp.uint32)
         key1, key2 = self._row_keys
         return dropout.keep(key1[..., None], key2[..., None], column[None, None], self._tiling.spec.dropout_rate)
 
