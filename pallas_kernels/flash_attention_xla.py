@@ -37,14 +37,14 @@ def forward(
     if query.size == 0 or key.size == 0:
         return jnp.zeros_like(query), jnp.full((B, N, T), -jnp.inf, jnp.float32)
     tiling = Tiling.of(query, key, operands, spec)
-    shape, kept = tiling.config.shape, 1.0 - spec.dropout_rate
+    lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
     def attend(chunk: Array, k: Array, v: Array, number: Array, q: Array) -> tuple[Array, Array]:
         step = tiling.step(chunk, number)
 
         def visit(tiles: Tiles, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
             m, total, acc = state
-            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k, -1)).reshape(shape)
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k, -1)).reshape(lanes, rows, -1)
             x, factor, _ = step.logits(tiles, scores, partial)
             m_new = jnp.maximum(m, x.max(-1) * factor)
             alpha = jnp.exp(m - m_new)
@@ -56,7 +56,7 @@ def forward(
             return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, tiles.take(v, 1))
 
         acc = jnp.zeros_like(q, jnp.float32)
-        total = acc[..., 0].reshape(shape[:2])
+        total = acc[..., 0].reshape(lanes, rows)
         m, total, acc = step.sweep(visit, (jnp.full_like(total, LEAST), total, acc))
         safe = jnp.where(total > 0, total, 1.0)
         lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
@@ -94,7 +94,7 @@ def backward(
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value), dbias
     tiling = Tiling.of(query, key, operands, spec)
-    shape, kept = tiling.config.shape, 1.0 - spec.dropout_rate
+    lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
     def pull_back(
         chunk: Array, k: Array, k_transposed: Array, v_transposed: Array, sums: Any, row: tuple[Array, ...]
@@ -102,14 +102,14 @@ def backward(
         number, q, do, lse, delta = row
         step = tiling.step(chunk, number)
         q_transposed, do_transposed = _transposed(q), _transposed(do)
-        lse, delta = (x.reshape(*shape[:2], 1) for x in (lse, delta))
+        lse, delta = (x.reshape(lanes, rows, 1) for x in (lse, delta))
 
         def visit(tiles: Tiles, state: Any, partial: bool) -> Any:
             dq, dk, dv, dbias = state
-            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k_transposed, -1)).reshape(shape)
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k_transposed, -1)).reshape(lanes, rows, -1)
             x, factor, slope = step.logits(tiles, scores, partial)
             p = p_kept = jnp.exp(x * factor - lse)
-            dp = _multiply("lrh,lhs->lrs", do, tiles.take(v_transposed, -1)).reshape(shape)
+            dp = _multiply("lrh,lhs->lrs", do, tiles.take(v_transposed, -1)).reshape(lanes, rows, -1)
             if operands.dropout_seeds is not None:
                 keeps = step.kept(tiles)
                 p_kept, dp = jnp.where(keeps, p, 0.0), jnp.where(keeps, dp / kept, 0.0)
@@ -127,24 +127,24 @@ def backward(
         return tuple(sums), (dq * spec.scale).astype(query.dtype)
 
     def pull_back_all(dbias: Array | None, chunk: tuple[Array, ...]) -> tuple[Array | None, tuple[Array, ...]]:
-        number, k, k_transposed, v_transposed, *rows = chunk
+        number, k, k_transposed, v_transposed, *of_rows = chunk
         zeros = jnp.zeros_like(k_transposed, jnp.float32)
         (dk, dv, dbias), dq = lax.scan(
             lambda sums, row: pull_back(number, k, k_transposed, v_transposed, sums, row),
             (zeros, zeros, dbias),
-            (tiling.steps, *rows),
+            (tiling.steps, *of_rows),
         )
         dk, dv = _transposed(dk * (abs(spec.scale) or 1.0)), _transposed(dv / kept)
         return dbias, (dq, dk.astype(key.dtype), dv.astype(value.dtype))
 
     q, k, v, do = _signed(query, spec), tiling.split_keys(_working(key)), _working(value), _working(dout)
-    rows = (
+    of_rows = (
         tiling.split_rows(q),
         tiling.split_rows(do),
         tiling.split_rows(jnp.swapaxes(lse, 1, 2), fill=jnp.inf),
         tiling.split_rows(jnp.swapaxes(delta, 1, 2)),
     )
-    chunks = tiling.chunks, k, _transposed(k), _transposed(tiling.split_keys(v)), *rows
+    chunks = tiling.chunks, k, _transposed(k), _transposed(tiling.split_keys(v)), *of_rows
     dbias = None if tiling.operands.bias is None else jnp.zeros_like(tiling.operands.bias, jnp.float32)
     dbias, (dq, dk, dv) = lax.scan(pull_back_all, dbias, chunks)
     if bias is not None and dbias is not None:

@@ -25,17 +25,12 @@ SCORES = 2**20  # at once: enough for large matmuls, few enough for the caches
 @dataclass(frozen=True)
 class XlaConfig:
     """Rows and keys of a tile, how many lanes, pairs of a sequence and a query head, a step takes at once, and how many
-    tiles of keys it visits at once, wherever they lie."""
+    tiles of keys that need no mask it visits at once, wherever they lie."""
 
     rows: int
     keys: int
     lanes: int
     span: int = 1
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of the scores that exist at a time."""
-        return self.lanes, self.rows, self.span * self.keys
 
 
 def default_config(query: Array, key: Array, operands: AttentionOperands) -> XlaConfig:
@@ -172,7 +167,7 @@ class Tiling:
         start, full_start, full_stop, stop = self.band(np.arange(self.row_tiles))
         whole = full_stop - full_start
         hidden = self.operands.key_lengths is not None or self.operands.query_segments is not None or self.cuts_blocks
-        hidden |= self.config.span > 1  # the last group may be too large
+        hidden |= self.config.span > 1  # of the tiles that need no mask, some may be left over
         return bool(np.any(whole > 0)), hidden or bool(np.any(stop - start > whole))
 
     @property
@@ -183,10 +178,9 @@ class Tiling:
 
 
 class Tiles(NamedTuple):
-    """Tiles of keys that are visited at once, and whether each of them counts; a tile alone always does."""
+    """Tiles of keys that are visited at once, by their numbers."""
 
     numbers: list[Scalar]
-    seen: list[Bool[Array, ""]]
 
     def take(self, x: Float[Array, "tiles *rest"], axis: int) -> Float[Array, "..."]:
         """Of an array of tiles, these, side by side."""
@@ -216,35 +210,36 @@ class Step:
             self._row_keys = dropout.row_keys(seed[:, :1], seed[:, 1:], head[:, None], row[None])
 
     def sweep(self, visit: Callable[["Tiles", Any, bool], Any], state: Any) -> Any:
-        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, then those that do."""
+        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, several at
+        once, then those left over and those that need one, one by one."""
         visits, span = self._tiling.visits, self._tiling.config.span
         if visits is None:
             start, full_start, full_stop, stop = self._tiling.band(self._row_tile)
             whole, count = full_stop - full_start, stop - start
 
-            def tiles_at(index: Scalar) -> Tiles:
+            def tile_at(index: Scalar) -> Scalar:
                 rest = start + index - whole
-                return Tiles(
-                    [jnp.where(index < whole, full_start + index, jnp.where(rest < full_start, rest, rest + whole))], []
-                )
+                return jnp.where(index < whole, full_start + index, jnp.where(rest < full_start, rest, rest + whole))
         else:
             order, whole, count = (
                 x[_pick(x, 0, self._sequence), _pick(x, 1, self._head), self._row_tile] for x in visits
             )
 
-            def tiles_at(index: Scalar) -> Tiles:
-                places = [index * span + i for i in range(span)]
-                return Tiles(
-                    [order[jnp.minimum(place, count - 1)] for place in places], [place < count for place in places]
-                )
+            def tile_at(index: Scalar) -> Scalar:
+                return order[index]
 
         may_be_whole, may_be_partial = self._tiling.may_be
         groups = lax.div(whole, jnp.full_like(whole, span))
-        last = lax.div(count + (span - 1), jnp.full_like(count, span))
+
+        def visit_group(group: Scalar, state: Any) -> Any:
+            return visit(Tiles([tile_at(group * span + i) for i in range(span)]), state, False)
+
         if may_be_whole:
-            state = lax.fori_loop(jnp.int32(0), groups, lambda i, state: visit(tiles_at(i), state, False), state)
+            state = lax.fori_loop(jnp.int32(0), groups, visit_group, state)
         if may_be_partial:
-            state = lax.fori_loop(groups, last, lambda i, state: visit(tiles_at(i), state, True), state)
+            state = lax.fori_loop(
+                groups * span, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
+            )
         return state
 
     def logits(
@@ -258,21 +253,19 @@ class Step:
             slope = 1 - x * x
         if operands.bias is not None:
             x, factor = x * factor + self._tile_of(operands.bias, tiles).astype(jnp.float32), 1.0
-        checks = self._checks(tiles) if partial else []
+        checks = self._checks(*tiles.numbers) if partial else []
         if operands.mask is not None:
             checks.append(self._tile_of(operands.mask, tiles))
         if checks:
             x = jnp.where(functools.reduce(operator.and_, checks), x, -jnp.inf)
         return x, factor, slope
 
-    def _checks(self, tiles: "Tiles") -> list[Bool[Array, "#L #rows #keys"]]:
-        """What hides entries of tiles, beside the mask."""
+    def _checks(self, tile: Scalar) -> list[Bool[Array, "#L #rows #keys"]]:
+        """What hides entries of a tile, beside the mask."""
         tiling, operands, spec = self._tiling, self._tiling.operands, self._tiling.spec
         row = (self._row_tile * self._rows + jnp.arange(self._rows, dtype=jnp.int32))[None, :, None]
-        column = self._columns(tiles)[None, None]
+        column = (tile * self._keys + jnp.arange(self._keys, dtype=jnp.int32))[None, None]
         checks = []
-        if len(tiles.numbers) > 1:
-            checks.append(jnp.repeat(jnp.stack(tiles.seen), self._keys)[None, None])
         if spec.lower is not None:
             checks.append(column >= row + spec.lower)
         if spec.upper is not None:
@@ -285,13 +278,7 @@ class Step:
             of_rows = lax.dynamic_slice(
                 operands.query_segments, (self._sequence, self._row_tile * self._rows), (1, self._rows)
             )
-            of_keys = jnp.concatenate(
-                [
-                    lax.dynamic_slice(operands.key_segments, (self._sequence, tile * self._keys), (1, self._keys))
-                    for tile in tiles.numbers
-                ],
-                1,
-            )
+            of_keys = lax.dynamic_slice(operands.key_segments, (self._sequence, tile * self._keys), (1, self._keys))
             checks.append(of_rows[:, :, None] == of_keys[:, None])
         blocks = operands.block_mask
         if blocks is not None and tiling.cuts_blocks:
@@ -301,13 +288,10 @@ class Step:
             checks.append(mask[of_row[0, :, 0]][:, of_column[0, 0]][None])
         return checks
 
-    def _columns(self, tiles: "Tiles") -> Int32[Array, " keys"]:
-        of_tile = jnp.arange(self._keys, dtype=jnp.int32)
-        return jnp.concatenate([tile * self._keys + of_tile for tile in tiles.numbers])
-
     def kept(self, tiles: "Tiles") -> Bool[Array, "L rows keys"]:
         """What dropout keeps."""
-        column = self._columns(tiles).astype(jnp.uint32)
+        of_tile = jnp.arange(self._keys, dtype=jnp.int32)
+        column = jnp.concatenate([tile * self._keys + of_tile for tile in tiles.numbers]).astype(jnp.uint32)
         key1, key2 = self._row_keys
         return dropout.keep(key1[..., None], key2[..., None], column[None, None], self._tiling.spec.dropout_rate)
 
