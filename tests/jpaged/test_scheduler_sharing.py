@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from scheduling import STOP, add, make_group, make_scheduler, shapes, step, until
+from scheduling import STOP, add, make_group, make_scheduler, row_of, shapes, step, until
 
 from jpaged.block_manager import BlockCopy
 from jpaged.scheduler_output import Sample, SchedulerOutput, TableUpdate
@@ -31,7 +31,7 @@ def test_samples_fork_from_one_prompt_and_copy_where_they_part():
     scheduler.add(group)
     output = step(scheduler)
     assert shapes(output) == [(0, 0, 3)]
-    rows = [sequence.row for sequence in group.sequences]
+    rows = [row_of(sequence) for sequence in group.sequences]
     assert list(output.samples) == [Sample(seq_id, row, 2) for seq_id, row in enumerate(rows)]
     assert {(new.seq_id, new.row) for new in output.new_rows} == set(enumerate(rows))
     assert blocks.num_free_blocks == 8
@@ -88,7 +88,7 @@ def test_beams_from_prompt_to_end():
     (root,) = group.sequences
     scheduler.add(group)
     output = scheduler.schedule()
-    assert list(output.samples) == [Sample(0, root.row, 2)]
+    assert list(output.samples) == [Sample(0, row_of(root), 2)]
     assert scheduler.schedule().is_empty  # sits out until the host has chosen
     assert scheduler.update(output, [33]) == [group]
     assert root.token_ids == [100, 101, 102]  # what was sampled is not used
@@ -104,7 +104,7 @@ def test_beams_from_prompt_to_end():
     assert [(new.seq_id, new.row) for new in output.new_rows] == [(7, child.row)]
     assert output.new_rows[0].token_ids == (100, 101, 102, 51)
     assert output.copies == (BlockCopy(blocks.block_table(7)[1], blocks.block_table(0)[1]),)
-    assert output.table_updates[-1] == TableUpdate(child.row, 0, blocks.block_table(7))
+    assert output.table_updates[-1] == TableUpdate(row_of(child), 0, blocks.block_table(7))
     assert [s.token_index for s in output.samples] == [0, 1]
     scheduler.update(output, [1, 1])
 
@@ -178,7 +178,7 @@ def swapped_pair(preemption, num_host_blocks=8, **options):
     first, pair = make_group(0, 2, max_tokens=6), make_group(1, 3, n=2, max_tokens=4)
     add(scheduler, first, pair)
     step(scheduler)
-    step(scheduler)
+    output = step(scheduler)
     before = []
     while not scheduler.num_preemptions:
         assert pair.unfinished()
