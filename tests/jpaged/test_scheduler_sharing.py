@@ -409,6 +409,28 @@ def test_a_preempted_requests_tokens_in_flight_are_kept():
     assert second.sequences[0].token_ids == [100, 101, *[7] * 6]
 
 
+def test_who_has_left_waits_for_its_tokens_in_flight():
+    """One of a pair ends while it is computed anew; the other, which has a sample in flight, has to leave with it."""
+    _, scheduler = make_scheduler(num_blocks=20, block_size=1, budget=4)
+    pair = make_group(0, 2, n=2, max_tokens=9)
+    scheduler.add(pair)
+    step(scheduler, 21)
+    step(scheduler, 22)
+    scheduler.preempt_all()
+    first = scheduler.schedule()
+    assert shapes(first) == [(0, 0, 4)]
+    assert [s.seq_id for s in first.samples] == [0]
+    scheduler.finish(1, "abort")
+    second = scheduler.schedule()
+    assert second.is_empty
+    scheduler.update(first, [31])
+    scheduler.update(second, [])
+    assert pair.sequences[0].token_ids == [100, 101, 21, 22, 31]
+    assert shapes(step(scheduler)) == [(0, 0, 4)]
+    step(scheduler, 32)
+    assert pair.sequences[0].token_ids[2:] == [21, 22, 31, 32]
+
+
 def test_a_step_that_fails_ends_its_requests_and_no_other():
     blocks, scheduler = make_scheduler(num_blocks=20, block_size=2, prefix_caching=True, max_num_seqs=2)
     running, new, waiting = make_group(0, 5), make_group(1, [*range(100, 105), 9]), make_group(2, 5)
