@@ -59,7 +59,8 @@ class DecodeBatch:
         self._keys.insert(i, key)
         self._groups.insert(i, group)
         self._sequences.insert(i, sequence)
-        self._state[:, i + 1 : n + 1] = self._state[:, i:n]
+        if i < n:
+            self._state[:, i + 1 : n + 1] = self._state[:, i:n]
         sequence.is_decoding = True
         self._state[:, i] = sequence.num_computed, _end(group, sequence), sequence.row, group.max_len
         self._columns = None
