@@ -15,7 +15,6 @@ import math
 import random
 from dataclasses import dataclass
 from itertools import count
-from statistics import fmean
 from typing import NamedTuple
 
 from rich.console import Console
@@ -156,9 +155,7 @@ def main() -> None:
     for name, workload in WORKLOADS.items():
         for way, is_beam, reported in (("samples", False, workload.samples), ("beams", True, workload.beams)):
             for width, percent in zip(WIDTHS, reported, strict=True):
-                run = Run(workload, width, is_beam, args)
-                lengths = [(g.sequences[0].prompt_len, g.max_len - g.sequences[0].prompt_len) for g in run.groups]
-                saving = run.measure()
+                saving = Run(workload, width, is_beam, args).measure()
                 table.add_row(
                     name,
                     way,
@@ -168,8 +165,6 @@ def main() -> None:
                     f"{saving.unused_slots / (saving.held * args.block_size):.1%}",
                 )
             table.add_section()
-        console_line = f"{name}: mean lengths {fmean(p for p, _ in lengths):.1f} + {fmean(o for _, o in lengths):.1f}"
-        table.caption = f"{table.caption}\n{console_line}" if table.caption else console_line
     Console().print(table)
 
 

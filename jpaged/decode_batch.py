@@ -59,7 +59,8 @@ class DecodeBatch:
         self._keys.insert(i, key)
         self._groups.insert(i, group)
         self._sequences.insert(i, sequence)
-        self._state[:, i + 1 : n + 1] = self._state[:, i:n]
+        if i < n:
+            self._state[:, i + 1 : n + 1] = self._state[:, i:n]
         sequence.is_decoding = True
         self._state[:, i] = sequence.num_computed, _end(group, sequence), sequence.row, group.max_len
         self._columns = None
@@ -94,33 +95,32 @@ class DecodeBatch:
     def advance(self, budget: int, left_out: set[int]) -> tuple[DecodeColumns, Int32[np.ndarray, " R"]]:
         """Those that compute a token now, and its positions: at most `budget` members, none of `left_out`'s ids."""
         if self._columns is None:
-            self._columns = self._snapshot(list(range(len(self))))
-        columns = self._columns
+            self._columns = _columns(self._groups, self._sequences, self._state[:, : len(self)])
         if len(self) <= budget and not left_out:
             starts = self.starts.copy()
             self.starts[:] += 1
-            return columns, starts
-        chosen = [i for i, seq_id in enumerate(columns.seq_ids) if seq_id not in left_out][:budget]
+            return self._columns, starts
+        chosen = [i for i, seq_id in enumerate(self._columns.seq_ids) if seq_id not in left_out][:budget]
         starts = self.starts[chosen]
         self.starts[chosen] += 1
-        return self._snapshot(chosen), starts
+        groups, sequences = [self._groups[i] for i in chosen], [self._sequences[i] for i in chosen]
+        return _columns(groups, sequences, self._state[:, chosen]), starts
 
-    def _snapshot(self, chosen: list[int]) -> DecodeColumns:
-        groups = tuple([self._groups[i] for i in chosen])
-        sequences = tuple([self._sequences[i] for i in chosen])
-        distinct = tuple(dict.fromkeys(groups))
-        return DecodeColumns(
-            groups=groups,
-            sequences=sequences,
-            add_token=tuple([sequence.token_ids.append for sequence in sequences]),
-            seq_ids=tuple([sequence.seq_id for sequence in sequences]),
-            rows=self._state[2, chosen],
-            ones=np.ones(len(chosen), np.int32),
-            indices=np.arange(len(chosen), dtype=np.int32),
-            max_lens=self._state[3, chosen],
-            distinct_groups=distinct,
-            stop_token_ids=frozenset().union(*{group.stop_token_ids for group in distinct}),
-        )
+
+def _columns(groups: list[SequenceGroup], sequences: list[Sequence], state: Int32[np.ndarray, "4 R"]) -> DecodeColumns:
+    distinct = tuple(dict.fromkeys(groups))
+    return DecodeColumns(
+        groups=tuple(groups),
+        sequences=tuple(sequences),
+        add_token=tuple([sequence.token_ids.append for sequence in sequences]),
+        seq_ids=tuple([sequence.seq_id for sequence in sequences]),
+        rows=state[2].copy(),
+        ones=np.ones(len(sequences), np.int32),
+        indices=np.arange(len(sequences), dtype=np.int32),
+        max_lens=state[3].copy(),
+        distinct_groups=distinct,
+        stop_token_ids=frozenset().union(*{group.stop_token_ids for group in distinct}),
+    )
 
 
 def _key(group: SequenceGroup, sequence: Sequence) -> tuple[int, int, int]:

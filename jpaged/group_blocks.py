@@ -33,6 +33,8 @@ class GroupBlocks:
     def num_needed(self, group: SequenceGroup) -> int:
         """Blocks for all present tokens of all sequences, as if nothing were found cached."""
         unfinished = group.unfinished()
+        if len(unfinished) == 1:
+            return self._blocks.blocks_for(len(unfinished[0].token_ids))
         if not group.is_forked:
             prompt_len = len(unfinished[0].token_ids)
             copies = (len(unfinished) - 1) * (prompt_len % self._blocks.block_size > 0)

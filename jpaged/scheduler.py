@@ -464,13 +464,16 @@ class Scheduler:
     def _admit_waiting(self, step: StepDraft) -> None:
         for queue in (self._preempted, self._waiting):
             while queue:
-                # Who has just left waits for what its last step brings.
                 if not step.budget or step.has_preempted or not self._admit(queue, step):
                     return
 
     def _admit(self, queue: list[SequenceGroup], step: StepDraft) -> bool:
         """Let the head of the queue run, or fail for good; False where it has to wait."""
         group = queue[0]
+        if queue is self._preempted and any(
+            flight.uses(group, sequence) for flight in self._in_flight for sequence in group.unfinished()
+        ):
+            return False  # it has just left, and its last step is still to bring a token
         if error := self._never_fits(group):
             self._fail(group, error, step)
             return True

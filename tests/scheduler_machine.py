@@ -65,6 +65,7 @@ class World:
         self.runner = FakeRunner(num_blocks, block_size, num_host_blocks)
         self.budget, self.max_num_seqs = budget, max_num_seqs
         self.ids = count()
+        self.num_steps = 0
         self.live: dict[str, SequenceGroup] = {}
         self.over: list[SequenceGroup] = []
         self.costs: dict[int, int] = {}  # of beams, by seq_id
@@ -88,6 +89,7 @@ class World:
         return group
 
     def schedule(self):
+        self.num_steps += 1
         num_preempted = self.scheduler.num_preemptions
         output = self.scheduler.schedule()
         self.check_output(output)

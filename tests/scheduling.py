@@ -52,3 +52,9 @@ def until(scheduler, condition, token=9):
         if condition():
             return output
     raise AssertionError("100 steps have passed in vain")
+
+
+def row_of(sequence) -> int:
+    """That of a sequence which runs."""
+    assert sequence.row is not None
+    return sequence.row

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from scheduling import STOP, add, make_group, make_scheduler, shapes, step, until
+from scheduling import STOP, add, make_group, make_scheduler, row_of, shapes, step, until
 
 from jpaged.block_manager import BlockCopy
 from jpaged.scheduler_output import Sample, SchedulerOutput, TableUpdate
@@ -31,7 +31,7 @@ def test_samples_fork_from_one_prompt_and_copy_where_they_part():
     scheduler.add(group)
     output = step(scheduler)
     assert shapes(output) == [(0, 0, 3)]
-    rows = [sequence.row for sequence in group.sequences]
+    rows = [row_of(sequence) for sequence in group.sequences]
     assert list(output.samples) == [Sample(seq_id, row, 2) for seq_id, row in enumerate(rows)]
     assert {(new.seq_id, new.row) for new in output.new_rows} == set(enumerate(rows))
     assert blocks.num_free_blocks == 8
@@ -88,7 +88,7 @@ def test_beams_from_prompt_to_end():
     (root,) = group.sequences
     scheduler.add(group)
     output = scheduler.schedule()
-    assert list(output.samples) == [Sample(0, root.row, 2)]
+    assert list(output.samples) == [Sample(0, row_of(root), 2)]
     assert scheduler.schedule().is_empty  # sits out until the host has chosen
     assert scheduler.update(output, [33]) == [group]
     assert root.token_ids == [100, 101, 102]  # what was sampled is not used
@@ -104,7 +104,7 @@ def test_beams_from_prompt_to_end():
     assert [(new.seq_id, new.row) for new in output.new_rows] == [(7, child.row)]
     assert output.new_rows[0].token_ids == (100, 101, 102, 51)
     assert output.copies == (BlockCopy(blocks.block_table(7)[1], blocks.block_table(0)[1]),)
-    assert output.table_updates[-1] == TableUpdate(child.row, 0, blocks.block_table(7))
+    assert output.table_updates[-1] == TableUpdate(row_of(child), 0, blocks.block_table(7))
     assert [s.token_index for s in output.samples] == [0, 1]
     scheduler.update(output, [1, 1])
 
@@ -178,7 +178,7 @@ def swapped_pair(preemption, num_host_blocks=8, **options):
     first, pair = make_group(0, 2, max_tokens=6), make_group(1, 3, n=2, max_tokens=4)
     add(scheduler, first, pair)
     step(scheduler)
-    step(scheduler)
+    output = step(scheduler)
     before = []
     while not scheduler.num_preemptions:
         assert pair.unfinished()
@@ -407,6 +407,28 @@ def test_a_preempted_requests_tokens_in_flight_are_kept():
         pending = output
     assert not scheduler.has_unfinished()
     assert second.sequences[0].token_ids == [100, 101, *[7] * 6]
+
+
+def test_who_has_left_waits_for_its_tokens_in_flight():
+    """One of a pair ends while it is computed anew; the other, which has a sample in flight, has to leave with it."""
+    _, scheduler = make_scheduler(num_blocks=20, block_size=1, budget=4)
+    pair = make_group(0, 2, n=2, max_tokens=9)
+    scheduler.add(pair)
+    step(scheduler, 21)
+    step(scheduler, 22)
+    scheduler.preempt_all()
+    first = scheduler.schedule()
+    assert shapes(first) == [(0, 0, 4)]
+    assert [s.seq_id for s in first.samples] == [0]
+    scheduler.finish(1, "abort")
+    second = scheduler.schedule()
+    assert second.is_empty
+    scheduler.update(first, [31])
+    scheduler.update(second, [])
+    assert pair.sequences[0].token_ids == [100, 101, 21, 22, 31]
+    assert shapes(step(scheduler)) == [(0, 0, 4)]
+    step(scheduler, 32)
+    assert pair.sequences[0].token_ids[2:] == [21, 22, 31, 32]
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_other():
