@@ -103,13 +103,12 @@ def attend(
     pages = PageTiles(config.keys, config.stages, block_size, 1, H)
     launch = _Launch(config, pages, N // K, scale, soft_cap, window_left, query.dtype)
 
-    def kernel(*refs):
-        *refs, fields, total, out, memory = refs
+    def kernel(queries, keys, values, tables, fields, total, out, memory):
         item, head = lax.axis_index("item"), lax.axis_index("head")
 
         @pl.when(item < total[0])
         def _():
-            block = _Block(launch, head, fields.at[item], *refs, out, memory)
+            block = _Block(launch, head, fields.at[item], queries, keys, values, tables, out, memory)
             pl.when(block.warpgroup == config.warpgroups)(block.load)
             pl.when(block.warpgroup < config.warpgroups)(block.compute)
 
