@@ -1,16 +1,17 @@
 """PagedAttention on Hopper GPUs: decodes and prefills of one step, each sent to its kernel."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import paged_decode
+from . import paged_decode, paged_merge, paged_prefill
+from .flash_forward_config import ForwardConfig
 from .kv_cache import KVCache
 from .paged_batch import PagedBatch
 from .paged_decode import DecodeConfig
-from .paged_merge import merge
 
 
 def unsupported(query: Array, cache: KVCache, batch: PagedBatch) -> str | None:
@@ -18,12 +19,10 @@ def unsupported(query: Array, cache: KVCache, batch: PagedBatch) -> str | None:
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its kernels are for bfloat16 and float16, and the cache is {query.dtype}"
     K, H = cache.num_kv_heads, cache.head_dim
-    if batch.max_query_len > 1:
-        return "it only decodes"
     return paged_decode.unsupported(cache.block_size, K, query.shape[1] // K, H)
 
 
-@partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "window_left", "config"))
+@partial(jax.jit, static_argnames=("scale", "logits_soft_cap", "window_left"))
 def paged_attention_mosaic(
     query: Array,
     cache: KVCache,
@@ -33,18 +32,72 @@ def paged_attention_mosaic(
     scale: float,
     logits_soft_cap: float | None,
     window_left: int | None,
-    config: DecodeConfig | None = None,
 ) -> Array:
     """See `paged_attention`, which checks the arguments. Jitted, so that a model's layers share one trace."""
+    options = Options(scale, logits_soft_cap, window_left)
+    T, H = query.shape[0], cache.head_dim
+    # All layers' blocks are one array to the kernels.
+    tables = batch.block_tables + layer * cache.num_blocks
+    decoded = decode(query, cache, batch, tables, options)[..., :H]
+    decoded = jnp.pad(decoded, ((0, T - len(decoded)), (0, 0), (0, 0)))
+    if batch.max_query_len == 1:
+        return decoded
+    prefilled = prefill(query, cache, batch, tables, options)[..., :H]
+    token = jnp.arange(T)[:, None, None]
+    is_prefill = (token >= batch.num_decodes) & (token < batch.query_starts[-1])
+    return jnp.where(is_prefill, prefilled, decoded)
+
+
+class Options(NamedTuple):
+    """What is static about one call."""
+
+    scale: float
+    logits_soft_cap: float | None
+    window_left: int | None
+
+
+def decode(
+    query: Array, cache: KVCache, batch: PagedBatch, tables: Array, options: Options, config: DecodeConfig | None = None
+) -> Array:
+    """The output of the first rows, which are the decodes'; zeros in those that are not. The head dim is padded."""
     T, N, H = query.shape
-    K, block_size = cache.num_kv_heads, cache.block_size
-    R = min(T, batch.block_tables.shape[0])
+    K, R = cache.num_kv_heads, min(T, len(tables))
     config = config or paged_decode.default_config(K, N // K, H)
-    tables = batch.block_tables[:R] + layer * cache.num_blocks
     lengths = jnp.where(jnp.arange(R) < batch.num_decodes, batch.context_lens[:R], 0)
-    items = paged_decode.split(lengths, window_left, tables.shape[1] * block_size, config)
+    items = paged_decode.split(lengths, options.window_left, tables.shape[1] * cache.block_size, config)
     parts, lse = paged_decode.attend(
-        query[:R], cache.keys, cache.values, tables, items, scale=scale, soft_cap=logits_soft_cap, config=config
+        query[:R],
+        cache.keys,
+        cache.values,
+        tables,
+        items,
+        scale=options.scale,
+        soft_cap=options.logits_soft_cap,
+        config=config,
     )
-    out = merge(parts, lse, items.runs, paged_decode.columns_of_heads(N, K), dtype=query.dtype)
-    return jnp.pad(out[..., :H], ((0, T - R), (0, 0), (0, 0)))
+    return paged_merge.merge(parts, lse, items.runs, paged_decode.columns_of_heads(N, K), dtype=query.dtype)
+
+
+def prefill(
+    query: Array,
+    cache: KVCache,
+    batch: PagedBatch,
+    tables: Array,
+    options: Options,
+    config: ForwardConfig | None = None,
+) -> Array:
+    """The output of the tokens of all sequences after the decodes; anything in other rows. The head dim is padded."""
+    config = config or paged_prefill.default_config(cache.head_dim)
+    tile = config.rows * config.warpgroups
+    items = paged_prefill.split(batch.context_lens, batch.query_starts, batch.num_decodes, len(query), tile)
+    return paged_prefill.attend(
+        query,
+        cache.keys,
+        cache.values,
+        tables,
+        items,
+        scale=options.scale,
+        soft_cap=options.logits_soft_cap,
+        window_left=options.window_left,
+        config=config,
+    )

@@ -274,7 +274,7 @@ class _Block:
         def _(step):
             at, first = slot(done + step, pages.stages), item.start + step * TILE
             # Read before the wait for a free slot, which hides how long it takes.
-            pieces = pages.pieces(self.tables, item.sequence, first, item.stop)
+            pieces = list(pages.pieces(self.tables, item.sequence, first, item.stop))
             for source, name in ((self.keys, "keys"), (self.values, "values")):
                 full, free = memory[f"{name}_full"].at[at], memory[f"{name}_free"].at[at]
                 pl.when(done + step >= pages.stages)(partial(plgpu.barrier_wait, free))

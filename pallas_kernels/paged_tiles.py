@@ -1,6 +1,7 @@
 """Tiles of keys or values in shared memory, brought from the cache's blocks by TMA through a block table."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -81,22 +82,23 @@ class PageTiles:
         """The cache in pieces of the rows of one copy, all layers; no copy of it."""
         return pages.reshape(-1, self.rows, pages.shape[-2] * pages.shape[-1])
 
-    def pieces(self, tables: Ref, sequence: Scalar, first: Scalar, stop: Scalar) -> list[Scalar]:
-        """Which pieces hold the tile of tokens from `first` on, the last of them again for those past `stop`."""
+    def pieces(self, tables: Ref, sequence: Scalar, first: Scalar, stop: Scalar) -> Iterator[Scalar]:
+        """Which pieces hold the tile of tokens from `first` on, the last of them again for those past `stop`.
 
-        def piece(token):
+        The table is read as they are asked for.
+        """
+        for start in range(0, self.tile, self.rows):
+            token = lax.min(first + start, stop - 1)
             block = tables[sequence, lax.div(token, jnp.int32(self.block_size))]
-            if self.rows == self.block_size:
-                return block
-            inside = lax.div(lax.rem(token, jnp.int32(self.block_size)), jnp.int32(self.rows))
-            return block * (self.block_size // self.rows) + inside
-
-        return [piece(lax.min(first + start, stop - 1)) for start in range(0, self.tile, self.rows)]
+            if self.rows != self.block_size:
+                inside = lax.div(lax.rem(token, jnp.int32(self.block_size)), jnp.int32(self.rows))
+                block = block * (self.block_size // self.rows) + inside
+            yield block
 
     def load(
         self,
         source: Ref,
-        pieces: list[Scalar],
+        pieces: Iterable[Scalar],
         heads: Scalar,
         memory: Ref,
         at: Scalar,

@@ -1,6 +1,7 @@
 """Hopper kernels in Pallas' interpreter, and kernels with a mistake in them, to see that it is caught."""
 
 import inspect
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -42,5 +43,19 @@ def is_caught(function: Callable[..., Any], arguments: tuple[Any, ...], check: C
         result, raced = interpreted(function, *arguments)
         check(result)
     except (AssertionError, jax.errors.JaxRuntimeError):
+        return True
+    return raced
+
+
+def caught(run: Callable[[], tuple[Any, bool]], judge: Callable[[Any], None]) -> bool:
+    """Whether a mistake shows: as a barrier or a store in a wrong state, which the interpreter raises as an error; as
+    a race; or as a wrong result."""
+    try:
+        out, raced = run()
+    except jax.errors.JaxRuntimeError as error:
+        return re.search(r"[Bb]arrier|copy_smem_to_gmem", str(error)) is not None
+    try:
+        judge(out)
+    except AssertionError:
         return True
     return raced

@@ -51,6 +51,46 @@ def test_decodes_are_the_formula(changes, options, dtype):
     assert_sequences_exact(step, run(*step.arguments(), **given, **window), **options)
 
 
+MIX = [(1, 5), (1, 1300), (1, 129), (7, 7), (300, 1200), (20, 130), (193, 193), (64, 2000), (1, 64), (700, 701)]
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"block_size": 8, "N": 3, "K": 3}, {}),
+        ({"block_size": 32, "N": 16, "K": 2, "H": 64}, {}),
+        ({"block_size": 64, "H": 256}, {}),
+        ({"block_size": 128}, {"logits_soft_cap": 5.0}),
+        ({"block_size": 256, "H": 64}, {"left": 300}),
+        ({"H": 80}, {"left": 0}),
+        ({"N": 6, "K": 2, "H": 192}, {"left": 100, "logits_soft_cap": 20.0}),
+        ({"num_decodes": 1}, {}),
+    ],
+)
+def test_any_mix_is_the_formula(changes, options, dtype):
+    shape = {"rows": 16, "tokens": 1400, "max_context": 2048, "max_query_len": 1024, "dtype": dtype, "H": 128}
+    step = Step(MIX, **shape | changes)
+    given = {name: value for name, value in options.items() if name != "left"}
+    window = {"local_window_size": (options["left"], 0)} if "left" in options else {}
+    assert_sequences_exact(step, run(*step.arguments(), **given, **window), **options)
+
+
+def test_a_prefills_bits_do_not_depend_on_the_batch():
+    step = Step(MIX, rows=16, tokens=1400, max_context=2048, max_query_len=1024, dtype=ml_dtypes.bfloat16, H=128)
+    together = np.asarray(run(*step.arguments()))
+    ends = np.cumsum([new for new, _ in MIX])
+    mine = [together[end - new : end] for (new, _), end in zip(MIX, ends, strict=True)]
+    for chosen in ([9, 4, 3, 8], [4], [7]):
+        out = np.asarray(run(*step.arguments(chosen)))
+        expected = np.concatenate([mine[i] for i in chosen])
+        np.testing.assert_array_equal(out[: len(expected)], expected)
+    first = run(*step.arguments())
+    changed = sum((run(*step.arguments()) != first).any().astype(jnp.int32) for _ in range(50))
+    assert not int(changed), f"{int(changed)} of 50 runs changed"
+
+
 def test_a_decodes_bits_do_not_depend_on_the_batch():
     step = decodes(N=32, K=4)
     together = np.asarray(run(*step.arguments()))

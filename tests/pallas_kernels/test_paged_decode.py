@@ -1,7 +1,6 @@
 """The Hopper kernels for paged decode, interpreted with race detection, against the formula in a cache full of NaN."""
 
 import dataclasses
-import re
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from mosaic_interpreter import interpreted, mutant, without_races
+from mosaic_interpreter import caught, interpreted, mutant, without_races
 from paged_oracle import LAYER, Step, assert_sequences_exact
 
-from pallas_kernels import paged_attention, paged_attention_mosaic, paged_decode, paged_merge, write_kv
+from pallas_kernels import paged_attention, paged_decode, paged_merge, write_kv
+from pallas_kernels import paged_attention_mosaic as mosaic
 
 # Of few blocks, each works off several items; of small chunks, many sequences have several parts.
 SMALL = {"blocks": 2, "chunk": 128}
@@ -42,16 +42,14 @@ def program(step, left=None, config=None, **options):
     """A function of (query, cache, batch), and these."""
     query, cache, batch, key, value = step.arguments()
     cache = write_kv(cache, batch, LAYER, key, value)
-    scale = options.get("scale", query.shape[-1] ** -0.5)
-    attend = partial(
-        paged_attention_mosaic.paged_attention_mosaic.__wrapped__,
-        layer=jnp.int32(LAYER),
-        scale=scale,
-        logits_soft_cap=options.get("logits_soft_cap"),
-        window_left=left,
-        config=config or small_config(step),
-    )
-    return attend, query, cache, batch
+    static = mosaic.Options(options.get("scale", query.shape[-1] ** -0.5), options.get("logits_soft_cap"), left)
+
+    def decode(query, cache, batch):
+        tables = batch.block_tables + LAYER * cache.num_blocks
+        out = mosaic.decode(query, cache, batch, tables, static, config or small_config(step))
+        return out[..., : cache.head_dim]
+
+    return decode, query, cache, batch
 
 
 CONTEXTS = [5, 300, 129, 64, 128, 1]
@@ -159,20 +157,6 @@ def test_parts_are_merged_by_their_log_sum_exp(counts, H):
     parts.assert_exact(out)
 
 
-def caught(run, judge):
-    """Whether a mistake shows: as a barrier or a store in a wrong state, which the interpreter raises as an error; as
-    a race; or as a wrong result."""
-    try:
-        out, raced = run()
-    except jax.errors.JaxRuntimeError as error:
-        return re.search(r"[Bb]arrier|copy_smem_to_gmem", str(error)) is not None
-    try:
-        judge(out)
-    except AssertionError:
-        return True
-    return raced
-
-
 MUTANTS = {
     "none": ("drain(done", "drain(done"),
     "keys not awaited": ('plgpu.barrier_wait(memory["keys_full"].at[at])', "pass"),
@@ -191,7 +175,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_in_decode_are_caught(monkeypatch, name):
     if name != "none":
-        monkeypatch.setattr(paged_attention_mosaic, "paged_decode", mutant(paged_decode, *MUTANTS[name]))
+        monkeypatch.setattr(mosaic, "paged_decode", mutant(paged_decode, *MUTANTS[name]))
     step = decodes([330, 129, 70])
     run = program(step, left=150)
     assert caught(lambda: interpreted(*run), partial(assert_sequences_exact, step, left=150)) == (name != "none")
