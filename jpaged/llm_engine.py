@@ -213,7 +213,7 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a further `step` has something to do."""
-        return self._scheduler.has_unfinished()
+        return self._scheduler.has_unfinished() or any(name in self._requests for name in self._to_report)
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and what it has done so far."""

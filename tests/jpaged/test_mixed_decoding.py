@@ -20,15 +20,15 @@ SIZES: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 12, "max_m
 POOLS: dict[str, dict[str, Any]] = {
     "large": {"num_blocks": 64},
     "large, no prefix caching": {"num_blocks": 64, "enable_prefix_caching": False},
-    "tiny, swapping": {"num_blocks": 12, "num_host_blocks": 64, "preemption": "swap"},
-    "tiny, recomputing": {"num_blocks": 12, "preemption": "recompute"},
+    "tiny, swapping": {"num_blocks": 16, "num_host_blocks": 64, "preemption": "swap"},
+    "tiny, recomputing": {"num_blocks": 16, "preemption": "recompute"},
     "tiny, recomputing, no prefix caching": {
-        "num_blocks": 12,
+        "num_blocks": 16,
         "preemption": "recompute",
         "enable_prefix_caching": False,
     },
-    "tiny, few host blocks": {"num_blocks": 12, "num_host_blocks": 5},
-    "blocks of 16": {"num_blocks": 8, "num_host_blocks": 64, "preemption": "swap", "block_size": 16},
+    "tiny, few host blocks": {"num_blocks": 16, "num_host_blocks": 5},
+    "blocks of 16": {"num_blocks": 10, "num_host_blocks": 64, "preemption": "swap", "block_size": 16},
     "blocks of 32": {"num_blocks": 8, "block_size": 32},
 }
 WAYS: list[SamplingParams | BeamSearchParams] = [
