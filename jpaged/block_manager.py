@@ -111,6 +111,7 @@ class BlockManager:
         self._host = BlockPool(num_host_blocks, keeps_contents=False)
         self._holdings: dict[int, _Holding] = {}
         self._reserved: set[int] = set()  # sequences whose blocks can be found even without prefix caching
+        self._record: list[tuple[int, bytes]] | None = None
         # The last prompt looked up: that at the head of the queue is asked for again and again, and others begin alike.
         self._last_chain = _token_ids(()), b"", list[bytes]()
 
@@ -292,6 +293,15 @@ class BlockManager:
         self._reserved.add(seq_id)
         self._publish(holding)
 
+    def record_published(self, record: list[tuple[int, bytes]] | None) -> None:
+        """From here on, note in `record` the blocks that others can find from now on; None: nowhere."""
+        self._record = record
+
+    def retract(self, record: list[tuple[int, bytes]]) -> None:
+        """The recorded blocks have not been written after all: nobody finds them any longer, whoever holds them."""
+        for block, content_hash in record:
+            self._device.retract(block, content_hash)
+
     def forget_contents(self) -> None:
         """The device's cache has lost what was written. ValueError while sequences hold blocks of it."""
         if on_device := [seq_id for seq_id, holding in self._holdings.items() if not holding.on_host]:
@@ -392,6 +402,9 @@ class BlockManager:
                 self._extend_chain(holding.hashes, holding.token_ids, holding.root, num_full)
             for index in range(holding.num_published, num_full):
                 self._device.publish(holding.blocks[index], holding.hashes[index])
+            if self._record is not None:
+                first = holding.num_published
+                self._record += zip(holding.blocks[first:num_full], holding.hashes[first:num_full], strict=True)
             holding.num_published = num_full
 
 

@@ -95,6 +95,14 @@ class BlockPool:
         if self._hashes[block] is not None:
             self._forget(block)
 
+    def retract(self, block: int, content_hash: bytes) -> None:
+        """The block, held or free, can no longer be found by this hash, if it still can."""
+        if self._hashes[block] == content_hash:
+            self._forget(block)
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+                self._blank.append(block)
+
     def find(self, content_hash: bytes) -> int | None:
         """A block that was published with this hash."""
         return self._block_of.get(content_hash)

@@ -85,9 +85,9 @@ class GroupBlocks:
         return self._blocks.num_blocks_of(seq_ids) <= self._blocks.num_free_host_blocks
 
     def _swap_in(self, group: SequenceGroup, keep_free: int, step: StepDraft) -> bool:
-        unfinished = group.unfinished()
-        seq_ids = [sequence.seq_id for sequence in unfinished]
-        short = [sequence for sequence in unfinished if sequence.num_slots < len(sequence.token_ids)]
+        holders = [sequence for sequence in group.unfinished() if sequence.num_slots]
+        seq_ids = [sequence.seq_id for sequence in holders]
+        short = [sequence for sequence in holders if sequence.num_slots < len(sequence.token_ids)]
         if self._blocks.num_blocks_of(seq_ids) + len(short) + keep_free > self._blocks.num_free_blocks:
             return False
         step.swap_in(group, self._blocks.swap_in(seq_ids))

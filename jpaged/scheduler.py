@@ -29,6 +29,7 @@ class _InFlight:
     starts: np.ndarray  # the decodes' positions
     sampled: list[Sequence]  # whose samples come after
     moved: list[SequenceGroup]  # whose blocks it copies or swaps
+    published: list[tuple[int, bytes]]  # what others find since it was scheduled: see BlockManager.retract
     ended: list[tuple[SequenceGroup, Sequence]] = field(default_factory=list)  # to release when it is back
     is_stale: bool = False  # a sequence has ended since
 
@@ -255,14 +256,17 @@ class Scheduler:
         if len(self._in_flight) > 1:
             raise ValueError("schedule: expected at most one step in flight, got 2")
         step = StepDraft(self.max_num_batched_tokens)
+        published: list[tuple[int, bytes]] = []
+        self._blocks.record_published(published)
         beams, left_out = self._make_room(step)
         columns, starts = self._decodes.advance(step.budget, left_out)
         step.decode(columns, starts)
         if self._schedule_beams(beams, step):
             self._schedule_prefills(step)
             self._admit_waiting(step)
+        self._blocks.record_published(None)
         output = step.output()
-        self._in_flight.append(_InFlight(output, columns, starts, step.sampled, step.moved))
+        self._in_flight.append(_InFlight(output, columns, starts, step.sampled, step.moved, published))
         return output
 
     def update(self, output: SchedulerOutput, token_ids: Items[int]) -> list[SequenceGroup]:
@@ -292,19 +296,15 @@ class Scheduler:
 
         What those steps were to write is found by nobody. Where the cache is lost, `preempt_all` is due after this.
         """
-        groups = {group.request_id: group for flight in self._in_flight for group in flight.moved}
-        in_flight = {s.seq_id: (group, s) for flight in self._in_flight for group, s in flight.ended} | self._members
-        starts: dict[int, int] = {}
-        for flight in reversed(self._in_flight):
-            sequences, samples = flight.output.sequences, flight.output.samples
-            starts.update(dict.fromkeys(samples.seq_ids, 0))  # who forks from a prompt that is in the step
-            starts.update(zip(sequences.seq_ids, sequences.starts.tolist(), strict=True))
-        for seq_id, start in starts.items():
-            if seq_id in in_flight:
-                group, sequence = in_flight[seq_id]
-                groups[group.request_id] = group
-                if sequence.num_slots and not group.is_swapped:
-                    self._blocks.truncate(seq_id, start)
+        groups: dict[str, SequenceGroup] = {}
+        for flight in self._in_flight:
+            self._blocks.retract(flight.published)
+            groups |= {group.request_id: group for group in flight.moved}
+            groups |= {group.request_id: group for group, _ in flight.ended}
+            for seq_id in (*flight.output.sequences.seq_ids, *flight.output.samples.seq_ids):
+                if seq_id in self._members:
+                    group, _ = self._members[seq_id]
+                    groups[group.request_id] = group
         failed = [group for group in groups.values() if group.request_id in self._groups]
         self._forget_flights()
         for group in failed:

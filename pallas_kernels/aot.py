@@ -30,9 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from .gpu import GPUS, Gpu
-from .sass import Sass
+from .sass import TMA_LOADS, TMA_STORES, Sass
 
 # ptxas: setmaxnreg ignored (C7504), wgmma serialized (C7510 and on). Only this one says that nothing was lost.
 HARMLESS_NOTES = ("C7519",)  # a fence was put in before wgmma that takes registers
@@ -69,11 +70,11 @@ class Kernel:
 
     @property
     def tma_loads(self) -> int:
-        return self.sass.count("UTMALDG")
+        return self.sass.count(*TMA_LOADS)
 
     @property
     def tma_stores(self) -> int:
-        return self.sass.count("UTMASTG")
+        return self.sass.count(*TMA_STORES)
 
     def faults(self, pending: int = 0) -> list[str]:
         """What makes the kernel slow or wrong, a line each: spills, ptxas' notes, and the order of its waits.
@@ -91,7 +92,7 @@ class Kernel:
         return (
             f"{self.name}: {self.registers} registers (limits {limits}), {self.stack} B stack, {self.spill_stores} B "
             f"spill stores, {self.spill_loads} B spill loads, {self.shared_memory} B shared memory, {self.warpgroups} "
-            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} UTMALDG, {self.tma_stores} UTMASTG"
+            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} TMA loads, {self.tma_stores} TMA stores"
         )
 
 
@@ -175,9 +176,12 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
       gpu: "h100", "h200" or "b200".
       devices: several of them, made by `mesh`; in force (`jax.set_mesh`) while the function is traced.
 
-    Raises what tracing and compiling raise, and what `mesh` does.
+    Raises ValueError where `devices` are not that GPU, what `mesh` raises, and what tracing and compiling raise.
     """
     devices = mesh(gpu) if devices is None else devices
+    kind = devices.devices.flat[0].device_kind
+    if kind != GPUS[gpu].device_kind:
+        raise ValueError(f"devices: expected {GPUS[gpu].device_kind}, got {kind}")
     replicated = jax.sharding.NamedSharding(devices, jax.P())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -186,8 +190,10 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
 
     function = function if hasattr(function, "trace") else jax.jit(function)
     args = jax.tree.map(placed, args)
-    with jax.set_mesh(devices), _uncached(), _dumped() as folder:
-        compiled = function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    with jax.set_mesh(devices):
+        lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+    with _uncached(), _dumped() as folder:
+        compiled = lowered.compile()
         text = compiled.as_text()
         # XLA names each of our kernels by the module it came from, and its dumps carry that name.
         modules = dict.fromkeys(re.findall(r"mosaic_gpu\.dump_basename\\00(\w+)\\00", text))
@@ -199,13 +205,15 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Compiles for certain: a program from JAX's cache on disk says nothing of its kernels."""
+    """Leaves JAX's cache on disk alone: a program from there says nothing of its kernels, and cannot be loaded."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which asks the setting once and remembers
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextmanager

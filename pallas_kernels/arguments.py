@@ -1,6 +1,6 @@
 """Checks of the arguments that the operations share; each raises ValueError with what was expected and what came."""
 
-IMPLEMENTATIONS = ("xla", "reference")
+IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 
 
 def window_sides(function: str, window: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .attention_spec import AttentionOperands, AttentionSpec
-from .xla_tiling import Tiling
+from .xla_tiling import Tiles, Tiling
 
 # Where the running maximum starts: finite, so that exp(-inf - start) of a row that has seen nothing is 0 and not NaN.
 LEAST = -1e30
@@ -37,27 +37,26 @@ def forward(
     if query.size == 0 or key.size == 0:
         return jnp.zeros_like(query), jnp.full((B, N, T), -jnp.inf, jnp.float32)
     tiling = Tiling.of(query, key, operands, spec)
-    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+    shape, kept = tiling.config.shape, 1.0 - spec.dropout_rate
 
     def attend(chunk: Array, k: Array, v: Array, number: Array, q: Array) -> tuple[Array, Array]:
         step = tiling.step(chunk, number)
 
-        def visit(tile: Array, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
+        def visit(tiles: Tiles, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
             m, total, acc = state
-            x, factor, _ = step.logits(
-                tile, _multiply("lrh,lhs->lrs", q, k[tile]).reshape(lanes, *tiling.tile), partial
-            )
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k, -1)).reshape(shape)
+            x, factor, _ = step.logits(tiles, scores, partial)
             m_new = jnp.maximum(m, x.max(-1) * factor)
             alpha = jnp.exp(m - m_new)
             p = jnp.exp(x * factor - m_new[..., None])
             total = total * alpha + p.sum(-1)
             if operands.dropout_seeds is not None:
-                p = jnp.where(step.kept(tile), p, 0.0)
+                p = jnp.where(step.kept(tiles), p, 0.0)
             p = p.reshape(*q.shape[:-1], -1)
-            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, v[tile])
+            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, tiles.take(v, 1))
 
         acc = jnp.zeros_like(q, jnp.float32)
-        total = acc[..., 0].reshape(lanes, -1)
+        total = acc[..., 0].reshape(shape[:2])
         m, total, acc = step.sweep(visit, (jnp.full_like(total, LEAST), total, acc))
         safe = jnp.where(total > 0, total, 1.0)
         lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
@@ -95,7 +94,7 @@ def backward(
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value), dbias
     tiling = Tiling.of(query, key, operands, spec)
-    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+    shape, kept = tiling.config.shape, 1.0 - spec.dropout_rate
 
     def pull_back(
         chunk: Array, k: Array, k_transposed: Array, v_transposed: Array, sums: Any, row: tuple[Array, ...]
@@ -103,27 +102,26 @@ def backward(
         number, q, do, lse, delta = row
         step = tiling.step(chunk, number)
         q_transposed, do_transposed = _transposed(q), _transposed(do)
-        lse, delta = (x.reshape(lanes, -1, 1) for x in (lse, delta))
+        lse, delta = (x.reshape(*shape[:2], 1) for x in (lse, delta))
 
-        def visit(tile: Array, state: Any, partial: bool) -> Any:
+        def visit(tiles: Tiles, state: Any, partial: bool) -> Any:
             dq, dk, dv, dbias = state
-            x, factor, slope = step.logits(
-                tile, _multiply("lrh,lhs->lrs", q, k_transposed[tile]).reshape(lanes, *tiling.tile), partial
-            )
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k_transposed, -1)).reshape(shape)
+            x, factor, slope = step.logits(tiles, scores, partial)
             p = p_kept = jnp.exp(x * factor - lse)
-            dp = _multiply("lrh,lhs->lrs", do, v_transposed[tile]).reshape(p.shape)
+            dp = _multiply("lrh,lhs->lrs", do, tiles.take(v_transposed, -1)).reshape(shape)
             if operands.dropout_seeds is not None:
-                keeps = step.kept(tile)
+                keeps = step.kept(tiles)
                 p_kept, dp = jnp.where(keeps, p, 0.0), jnp.where(keeps, dp / kept, 0.0)
             ds = p * (dp - delta)
             if dbias is not None:
-                dbias = step.add_to(dbias, tile, ds)
+                dbias = step.add_to(dbias, tiles, ds)
             if slope is not None:
                 ds = ds * slope
             p_kept, ds = (x.reshape(*q.shape[:-1], -1) for x in (p_kept, ds))
-            dv = _add_at(dv, tile, _multiply("lhr,lrs->lhs", do_transposed, p_kept))
-            dk = _add_at(dk, tile, _multiply("lhr,lrs->lhs", q_transposed, ds))
-            return dq + _multiply("lrs,lsh->lrh", ds, k[tile]), dk, dv, dbias
+            dv = tiles.add_to(dv, _multiply("lhr,lrs->lhs", do_transposed, p_kept), -1)
+            dk = tiles.add_to(dk, _multiply("lhr,lrs->lhs", q_transposed, ds), -1)
+            return dq + _multiply("lrs,lsh->lrh", ds, tiles.take(k, 1)), dk, dv, dbias
 
         dq, *sums = step.sweep(visit, (jnp.zeros_like(q, jnp.float32), *sums))
         return tuple(sums), (dq * spec.scale).astype(query.dtype)
@@ -166,7 +164,7 @@ def _signed(query: Array, spec: AttentionSpec) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    """Matmuls are fastest with no operand transposed: what they contract is last on their left and not on their right."""
+    """For matmuls, which are fastest where the left contracts its last axis and the right the one before."""
     return jnp.swapaxes(x, -2, -1)
 
 
@@ -182,10 +180,6 @@ def _multiply(equation: str, a: Array, b: Array) -> Array:
         return in_dtype(jnp.float32, a, b)
     # Not every shape has a product of 16-bit matrices on a CPU.
     return lax.platform_dependent(a, b, cpu=partial(in_dtype, jnp.float32), default=partial(in_dtype, narrow))
-
-
-def _add_at(sums: Float[Array, "tiles *rest"], tile: Array, x: Float[Array, "*rest"]) -> Float[Array, "tiles *rest"]:
-    return lax.dynamic_update_index_in_dim(sums, sums[tile] + x, tile, 0)
 
 
 def _column(x: Float[Array, "L rows"], q: Float[Array, "kv hr H"]) -> Float[Array, "kv hr 1"]:

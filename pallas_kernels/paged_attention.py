@@ -1,6 +1,7 @@
 """Attention of a step's new tokens over the KV cache, read through block tables: the operation and its plain form."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .arguments import check_implementation, check_soft_cap, window_sides
+from .devices import lacks_mosaic
 from .kv_cache import KVCache, check_layer
 from .paged_attention_xla import paged_attention_xla
 from .paged_batch import PagedBatch
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic", "xla", "reference"]
 
 
 def paged_attention(
@@ -41,12 +43,13 @@ def paged_attention(
       logits_soft_cap: logits become cap * tanh(logits / cap), before masking.
       local_window_size: (left, right) or both at once: a token sees at most `left` tokens before itself. What
         lies to the right is masked by causality in any case.
-      implementation: "xla" works through tiles with an online softmax, at a cost that follows the contexts'
-        lengths; "reference" is the plain formula in float32. None takes the first that can.
+      implementation: "mosaic" is for Hopper GPUs; "xla" works through tiles with an online softmax, at a cost that
+        follows the contexts' lengths; "reference" is the plain formula in float32. None takes the first that can.
 
     Returns the attention's output in the query's dtype; tokens past the last sequence give zeros.
 
-    Raises ValueError for shapes, dtypes or options that do not fit together.
+    Raises ValueError for shapes, dtypes or options that do not fit together, and NotImplementedError where "mosaic" is
+    asked for and cannot serve.
 
     >>> cache = KVCache.create(num_layers=1, num_blocks=4, block_size=2, num_kv_heads=1, head_dim=8)
     >>> batch = PagedBatch(block_tables=jnp.array([[3, 1]], jnp.int32), context_lens=jnp.array([3], jnp.int32),
@@ -60,8 +63,7 @@ def paged_attention(
     check_soft_cap("paged_attention", logits_soft_cap)
     check_implementation("paged_attention", implementation)
     window = window_sides("paged_attention", local_window_size)
-    run = {"xla": paged_attention_xla, "reference": _reference}[implementation or "xla"]
-    return run(
+    return _backend(query, cache, batch, implementation)(
         query,
         cache,
         batch,
@@ -70,6 +72,24 @@ def paged_attention(
         logits_soft_cap=logits_soft_cap,
         window_left=None if window is None else window[0],
     )
+
+
+def _backend(query: Array, cache: KVCache, batch: PagedBatch, name: Implementation | None) -> Callable[..., Array]:
+    if name == "reference":
+        return _reference
+    if name == "xla":
+        return paged_attention_xla
+    reason = lacks_mosaic()
+    if reason is None:
+        # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
+        from . import paged_attention_mosaic as mosaic
+
+        reason = mosaic.unsupported(query, cache, batch)
+        if reason is None:
+            return mosaic.paged_attention_mosaic
+    if name == "mosaic":
+        raise NotImplementedError(f"paged_attention: mosaic cannot serve: {reason}")
+    return paged_attention_xla
 
 
 def _check(query: Array, cache: KVCache, batch: PagedBatch, layer: int | Array) -> None:

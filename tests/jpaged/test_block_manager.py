@@ -519,3 +519,25 @@ def test_swapping_out_leaves_what_others_hold():
     blocks.swap_in([0])
     assert not set(blocks.block_table(0)) & set(table)
     assert blocks.num_blocks_of([0, 1]) == 4
+
+
+def test_what_was_not_written_after_all_is_retracted_held_or_free():
+    blocks = BlockManager(8, 2, prefix_caching=True)
+    fill(blocks, 0, [1, 2, 3])
+    record: list[tuple[int, bytes]] = []
+    blocks.record_published(record)
+    blocks.commit(0, [])
+    fill(blocks, 1, [1, 2, 3, 4, 5])  # finds the first block, and publishes the second
+    fill(blocks, 2, [7, 8, 9])
+    blocks.record_published(None)
+    fill(blocks, 3, [5, 6, 7])
+    blocks.free(2)
+    assert len(record) == 2
+    blocks.retract(record)
+    assert cached(blocks, [1, 2, 3, 4, 5]) == 2
+    assert cached(blocks, [7, 8, 9]) == 0
+    assert cached(blocks, [5, 6, 7]) == 2
+    blocks.free(1)
+    for seq_id in (0, 3):
+        blocks.free(seq_id)
+    assert blocks.num_free_blocks == 8

@@ -5,7 +5,6 @@ from itertools import count
 from typing import NamedTuple
 
 from host_model import STOP, FakeRunner, StepRun, candidates, checksum, checksum_of, next_token
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from operation_count import operations
@@ -206,6 +205,7 @@ class World:
             for group in scheduler._preempted
             if group.is_swapped
             for s in group.unfinished()
+            if s.num_slots
             for block in blocks.block_table(s.seq_id)
         }
         assert blocks.num_free_host_blocks == blocks.num_host_blocks - len(on_host)
@@ -346,7 +346,3 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "world"):
             self.world.drain()
-
-
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(deadline=None, stateful_step_count=60)

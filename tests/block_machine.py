@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from host_model import Pool
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from operation_count import operations
@@ -231,7 +230,3 @@ class BlockMachine(RuleBasedStateMachine):
                 self.blocks.free(seq_id)
             assert self.blocks.num_free_blocks == self.blocks.num_blocks
             assert self.blocks.num_free_host_blocks == self.blocks.num_host_blocks
-
-
-TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(deadline=None, stateful_step_count=60)

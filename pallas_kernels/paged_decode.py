@@ -1,0 +1,383 @@
+"""Paged decode on Hopper GPUs: one new token of each sequence against its cached keys and values, at memory's speed.
+
+The work is a list of items, a run of at most `chunk` tokens of one sequence each, worked off by as many thread blocks
+as the GPU has multiprocessors. In a block one warpgroup loads pages by TMA through the block table, into rings that
+stay full from one item to the next; the other computes. It works on S^T = K Q^T and O^T = V^T P^T, so that the tensor
+cores' 64 rows are tokens and the queries of a kv head are the 8 to 64 columns: no row is wasted on padding, and the
+softmax has little to do. Each item leaves its output and log-sum-exp in float32, which `paged_merge` adds up.
+
+How a sequence is cut depends on its own length and on static sizes alone, and each part is computed and added up in
+the same order whatever else the batch holds: so are its bits.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from .mosaic_common import (
+    PANEL,
+    WGMMA,
+    Ref,
+    Scalar,
+    broadcast,
+    drain,
+    load_tile,
+    positions,
+    slot,
+    tile_memory,
+    tile_views,
+)
+from .paged_tiles import PageTiles, padded, row_tiles
+
+LOG2E = math.log2(math.e)
+# Where the running maximum starts: finite, so that a column that has seen nothing gives exp2(-inf - start) = 0, no NaN.
+LEAST = -1e30
+TILE = 64  # tokens of a step, the rows of one wgmma
+MAX_COLUMNS = 32  # queries of an item: their softmax and output lie in registers
+SHARED_MEMORY = 227 * 1024  # bytes that a block can have
+REDUCTION_BYTES = 4096  # shared memory through which the maximum over a tile's tokens goes
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the work is cut.
+
+    heads: kv heads of an item. Neighbours in memory, so one TMA brings a page's rows of all of them: with 256 columns
+      that is 8 KB for a page of 16 tokens, and a block has to issue one in 300 ns to get its 25 GB/s, the 132nd part
+      of an H100's bandwidth.
+    chunk: tokens of an item at least, but for the last of a sequence. It writes and reads 4 bytes an output element
+      beside chunk * 4 bytes of keys and values each query group shares: 512 keep that at 3 % for 8 queries a kv head.
+    splits: items of a sequence and group of kv heads at most; one sequence alone then fills the multiprocessors.
+    stages: tiles of keys, and as many of values, in shared memory. By Little's law an H100 needs 3.35 TB/s * 1 us in
+      flight, 25 KB a multiprocessor; at 256 columns two tiles of each are 128 KB while a third is being worked on.
+    blocks: thread blocks, one a multiprocessor.
+    """
+
+    heads: int
+    splits: int
+    stages: int
+    chunk: int = 512
+    blocks: int = 132
+
+
+def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig:
+    """For so many query heads a kv head (`group`)."""
+    columns = padded_group(group)
+    fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
+    heads = next(d for d in fits if d == 1 or (d * padded(head_dim) <= 256 and d * columns <= MAX_COLUMNS))
+    width = padded(head_dim)
+    tiles = 2 * PageTiles(TILE, 1, TILE, heads, head_dim).bytes
+    others = heads * columns * (2 * width + 2 * TILE + 4 * width) + REDUCTION_BYTES + 2048
+    stages = min((SHARED_MEMORY - others) // tiles, 6)
+    return DecodeConfig(heads=heads, splits=max(128 * heads // num_kv_heads, 4), stages=stages)
+
+
+def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -> str | None:
+    """Why the kernel cannot take these sizes, or None."""
+    if block_size % 8:
+        return f"its block sizes are multiples of 8, got {block_size}"
+    if head_dim > 256:
+        return f"its head dims are at most 256, got {head_dim}"
+    if num_kv_heads * head_dim % 8:
+        return f"a token's keys must be a multiple of 16 bytes, got {num_kv_heads} kv heads of head dim {head_dim}"
+    if padded_group(group) > MAX_COLUMNS:
+        return f"it takes at most {MAX_COLUMNS} query heads a kv head, got {group}"
+    return None
+
+
+def padded_group(group: int) -> int:
+    """Columns of a kv head's queries: wgmma has them in eights."""
+    return -(-group // 8) * 8
+
+
+def columns_of_heads(query_heads: int, kv_heads: int) -> Int32[Array, " N"]:
+    """The column of each query head among the padded ones of all kv heads."""
+    group = query_heads // kv_heads
+    head = jnp.arange(query_heads, dtype=jnp.int32)
+    return head // group * padded_group(group) + head % group
+
+
+class Items(NamedTuple):
+    """The work: `total` items, in order of the sequences, and of each sequence where its items begin and how many."""
+
+    fields: Int32[Array, "items 4"]
+    """Sequence, first token (a multiple of TILE), end, and the first token that is visible."""
+    total: Int32[Array, "1"]
+    runs: Int32[Array, "R 2"]
+
+
+def split(lengths: Int32[Array, " R"], window_left: int | None, max_tokens: int, config: DecodeConfig) -> Items:
+    """Cuts the sequences into items; a length of 0 gives none. max_tokens: no sequence is longer."""
+    low = jnp.zeros_like(lengths) if window_left is None else jnp.maximum(lengths - 1 - window_left, 0)
+    first = low // TILE * TILE
+    visible = lengths - first
+    size = jnp.maximum(-(-visible // (config.splits * TILE)) * TILE, config.chunk)
+    counts = -(-visible // size)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    starts = ends - counts
+    most = min(config.splits, -(-max_tokens // config.chunk))
+    item = jnp.arange(lengths.shape[0] * most, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, lengths.shape[0] - 1)
+    start = first[row] + (item - starts[row]) * size[row]
+    stop = jnp.minimum(start + size[row], lengths[row])
+    return Items(jnp.stack([row, start, stop, low[row]], -1), ends[-1:], jnp.stack([starts, counts], -1))
+
+
+def attend(
+    query: Float[Array, "R N H"],
+    keys: Float[Array, "L P block_size K H"],
+    values: Float[Array, "L P block_size K H"],
+    tables: Int32[Array, "R max_blocks"],
+    items: Items,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    config: DecodeConfig,
+) -> tuple[Float[Array, "items N padded"], Float[Array, "items columns"]]:
+    """Output and log2-sum-exp2 of each item, float32; entries of items that do not exist are left as they were.
+
+    tables: blocks of `keys` and `values`, those of all layers counted on. The output's head dim is padded, and the
+    log-sum-exp has the padded columns of all heads (`columns_of_heads`).
+    """
+    N, H = query.shape[1:]
+    block_size, K = keys.shape[2:4]
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, padded(H) - H)))
+    launch = _Launch(N // K, H, block_size, K // config.heads, scale, soft_cap, config)
+
+    def kernel(*refs):
+        block = _Block(launch, *refs)
+        pl.when(lax.axis_index("warpgroup") == 0)(block.compute)
+        pl.when(lax.axis_index("warpgroup") == 1)(block.load)
+
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((len(items.fields), N, padded(H)), jnp.float32),
+            jax.ShapeDtypeStruct((len(items.fields), launch.groups * launch.columns), jnp.float32),
+        ],
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=[launch.memory(query.dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
+    )(query, launch.pages.cut(keys), launch.pages.cut(values), tables, items.fields, items.total)
+    return out, lse
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What is static about one launch."""
+
+    group: int  # query heads a kv head
+    head_dim: int
+    block_size: int
+    groups: int  # of kv heads
+    scale: float
+    soft_cap: float | None
+    config: DecodeConfig
+
+    @property
+    def padded_group(self) -> int:
+        return padded_group(self.group)
+
+    @property
+    def columns(self) -> int:
+        """Queries of an item, padded."""
+        return self.config.heads * self.padded_group
+
+    @property
+    def pages(self) -> PageTiles:
+        """The rings of keys and of values."""
+        return PageTiles(TILE, self.config.stages, self.block_size, self.config.heads, self.head_dim)
+
+    def memory(self, dtype: jnp.dtype) -> dict[str, Any]:
+        """The shared memory of a block."""
+        pages = self.pages
+        full = plgpu.Barrier(num_arrivals=pages.copies, num_barriers=pages.stages)
+        free = plgpu.Barrier(num_barriers=pages.stages)
+        return {
+            "queries": tile_memory(pages.heads, pages.head_panels, self.padded_group, PANEL, dtype=dtype),
+            "keys": pages.memory(dtype),
+            "values": pages.memory(dtype),
+            "weights": row_tiles(self.columns, TILE, dtype=dtype),
+            "out": plgpu.SMEM((self.columns, padded(self.head_dim)), jnp.float32),
+            "lse": plgpu.SMEM((self.columns,), jnp.float32),
+            "queries_full": plgpu.Barrier(num_arrivals=pages.panels),
+            "keys_full": full,
+            "values_full": full,
+            "keys_free": free,
+            "values_free": free,
+        }
+
+
+class _Item(NamedTuple):
+    """One item, as the kernel reads it."""
+
+    number: Scalar
+    heads: Scalar  # which group of kv heads
+    sequence: Scalar
+    start: Scalar
+    stop: Scalar
+    low: Scalar
+
+    @property
+    def steps(self) -> Scalar:
+        return lax.div(self.stop - self.start + (TILE - 1), jnp.int32(TILE))
+
+
+class _Block:
+    """What one thread block does, in the kernel."""
+
+    def __init__(self, launch, queries, keys, values, tables, fields, count, out, lse, memory):
+        self.launch, self.config, self.memory = launch, launch.config, memory
+        self.queries, self.keys, self.values, self.tables = queries, keys, values, tables
+        self.fields, self.out, self.lse = fields, out, lse
+        self.block = lax.axis_index("block")
+        self.count = lax.div(
+            count[0] * launch.groups - self.block + (self.config.blocks - 1), jnp.int32(self.config.blocks)
+        )
+
+    def each_item(self, body: Callable[[_Item, Scalar], None]) -> Scalar:
+        """Runs body(item, steps done before) for the block's items; returns the steps of all."""
+
+        def one(index, done):
+            number = self.block + index * self.config.blocks
+            place = lax.div(number, jnp.int32(self.launch.groups))
+            heads = lax.rem(number, jnp.int32(self.launch.groups))
+            item = _Item(place, heads, *(self.fields[place, i] for i in range(4)))
+            body(item, done)
+            return done + item.steps
+
+        return lax.fori_loop(0, self.count, one, jnp.int32(0))
+
+    def load(self) -> None:
+        """The warpgroup that fills the rings."""
+        done = self.each_item(self.load_item)
+        drain(done, self.config.stages, self.memory["keys_free"])
+        drain(done, self.config.stages, self.memory["values_free"])
+
+    def load_item(self, item: _Item, done: Scalar) -> None:
+        pages, memory = self.launch.pages, self.memory
+
+        @pl.loop(0, item.steps)
+        def _(step):
+            at, first = slot(done + step, pages.stages), item.start + step * TILE
+            # Read before the wait for a free slot, which hides how long it takes.
+            pieces = pages.pieces(self.tables, item.sequence, first, item.stop)
+            for source, name in ((self.keys, "keys"), (self.values, "values")):
+                full, free = memory[f"{name}_full"].at[at], memory[f"{name}_free"].at[at]
+                pl.when(done + step >= pages.stages)(partial(plgpu.barrier_wait, free))
+                pages.load(source, pieces, item.heads, memory[name], at, full, first, item.low, item.stop)
+
+    def compute(self) -> None:
+        """The warpgroup that computes."""
+        self.each_item(self.compute_item)
+
+    def compute_item(self, item: _Item, done: Scalar) -> None:
+        launch, memory = self.launch, self.memory
+        heads, columns, panels = self.config.heads, launch.columns, launch.pages.head_panels
+        query_tma, _ = tile_views(memory["queries"])
+        first_head = item.heads * heads
+        for head in range(heads):
+            place = (item.sequence, pl.ds((first_head + head) * launch.group, launch.padded_group))
+            load_tile(self.queries, place, query_tma.at[head], memory["queries_full"])
+        plgpu.barrier_wait(memory["queries_full"])
+
+        state = (
+            plgpu.layout_cast(jnp.full((columns,), LEAST, jnp.float32), WGMMA.reduce(0)),
+            plgpu.layout_cast(jnp.zeros((TILE, columns), jnp.float32), WGMMA),
+            [plgpu.layout_cast(jnp.zeros((PANEL, columns), jnp.float32), WGMMA)] * panels,
+        )
+        m, sums, out = lax.fori_loop(0, item.steps, lambda step, state: self.step(item, step, done, *state), state)
+        total = sums.sum(axis=0)
+        safe = jnp.where(total > 0, total, 1.0)
+        for panel in range(panels):
+            scaled = out[panel] * broadcast(1 / safe, out[panel].shape, 1)
+            target = memory["out"].at[:, pl.ds(panel * PANEL, PANEL)].transpose((1, 0))
+            target[...] = plgpu.layout_cast(scaled, plgpu.Layout.WGMMA_TRANSPOSED)
+        memory["lse"][...] = jnp.where(total > 0, m + jnp.log2(safe), -jnp.inf)
+        plgpu.commit_smem()
+        for head in range(heads):
+            own = memory["out"].at[pl.ds(head * launch.padded_group, launch.group)]
+            plgpu.copy_smem_to_gmem(
+                own, self.out.at[item.number, pl.ds((first_head + head) * launch.group, launch.group)]
+            )
+        plgpu.copy_smem_to_gmem(memory["lse"], self.lse.at[item.number, pl.ds(item.heads * columns, columns)])
+        plgpu.wait_smem_to_gmem(0)
+
+    def step(self, item: _Item, step: Scalar, done: Scalar, m: Array, sums: Array, out: list[Array]) -> tuple:
+        """One tile of keys and values into the running softmax (algorithm 1 of arXiv 2205.14135), by columns."""
+        launch, memory, dtype = self.launch, self.memory, self.queries.dtype
+        at = lax.optimization_barrier(slot(done + step, self.config.stages))
+        first = item.start + step * TILE
+        low, high = item.low - first, item.stop - first  # the visible tokens of this tile
+        hides = (low > 0) | (high < TILE)
+        plgpu.barrier_wait(memory["keys_full"].at[at])
+        s = pl.run_scoped(lambda acc: self.scores(acc, at), plgpu.ACC((TILE, launch.columns), jnp.float32))
+        plgpu.barrier_arrive(memory["keys_free"].at[at])
+        factor = launch.scale * LOG2E
+        if launch.soft_cap is not None:
+            s, factor = jnp.tanh(s * (launch.scale / launch.soft_cap)), launch.soft_cap * LOG2E
+
+        def visible(shape):
+            token = positions(shape, 0)
+            return (token >= low) & (token < high)
+
+        s = lax.cond(hides, lambda s: jnp.where(visible(s.shape), s, -jnp.inf), lambda s: s, s)
+        m_new = jnp.maximum(m, s.max(axis=0) * factor)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(s * factor - broadcast(m_new, s.shape, 1))
+        sums = sums * broadcast(alpha, sums.shape, 1) + p
+        memory["weights"].transpose((1, 0))[...] = plgpu.layout_cast(p.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.barrier_wait(memory["values_full"].at[at])
+
+        @pl.when(hides)
+        def _():
+            # Unowned memory may hold NaN, and 0 * NaN is not 0.
+            for panel in range(launch.pages.panels):
+                tile = launch.pages.panel(memory["values"], at, panel)
+                value = tile[...]
+                tile[...] = jnp.where(visible(value.shape), value, jnp.zeros_like(value))
+
+        plgpu.commit_smem()
+        accumulator = plgpu.ACC((PANEL, launch.columns), jnp.float32)
+        for panel, before in enumerate(out):
+            added = pl.run_scoped(partial(self.weighted, at, panel), accumulator)
+            out[panel] = before * broadcast(alpha, before.shape, 1) + added
+        plgpu.barrier_arrive(memory["values_free"].at[at])
+        return m_new, sums, out
+
+    def scores(self, product: Ref, at: Scalar) -> Array:
+        """K Q^T, a kv head's queries beside the other's."""
+        queries = tile_views(self.memory["queries"])[1]
+        for head in range(self.config.heads):
+            for panel in range(self.launch.pages.head_panels):
+                key = self.launch.pages.panel(self.memory["keys"], at, head * self.launch.pages.head_panels + panel)
+                plgpu.wgmma(self.of_head(product, head), key, queries.at[head, panel].transpose((1, 0)))
+        return product[...]
+
+    def weighted(self, at: Scalar, panel: int, product: Ref) -> Array:
+        """A panel of V^T P^T."""
+        for head in range(self.config.heads):
+            own = pl.ds(head * self.launch.padded_group, self.launch.padded_group)
+            value = self.launch.pages.panel(self.memory["values"], at, head * self.launch.pages.head_panels + panel)
+            weights = self.memory["weights"].at[own].transpose((1, 0))
+            plgpu.wgmma(self.of_head(product, head), value.transpose((1, 0)), weights)
+        return product[...]
+
+    def of_head(self, product: Ref, head: int) -> Ref:
+        """The columns of a kv head's queries."""
+        if self.config.heads == 1:
+            return product
+        return product.at[:, pl.ds(head * self.launch.padded_group, self.launch.padded_group)]

@@ -1,0 +1,244 @@
+"""The Hopper kernels for paged decode, interpreted with race detection, against the formula in a cache full of NaN."""
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_interpreter import interpreted, mutant, without_races
+from paged_oracle import LAYER, Step, assert_sequences_exact
+
+from pallas_kernels import paged_attention, paged_attention_mosaic, paged_decode, paged_merge, write_kv
+
+# Of few blocks, each works off several items; of small chunks, many sequences have several parts.
+SMALL = {"blocks": 2, "chunk": 128}
+
+
+def decodes(contexts, **changes):
+    shape: dict[str, Any] = {"rows": len(contexts) + 1, "tokens": len(contexts) + 2, "max_context": 384}
+    shape |= {"max_query_len": 1, "dtype": ml_dtypes.bfloat16, "H": 64, "num_blocks": None}
+    shape |= changes
+    if shape["num_blocks"] is None:
+        size = shape.get("block_size", 16)
+        shape["num_blocks"] = 3 * sum(-(-context // size) for context in contexts)
+    return Step([(1, context) for context in contexts], **shape)
+
+
+def small_config(step, **changes):
+    _, cache, *_ = step.arguments()
+    K, H = cache.num_kv_heads, cache.head_dim
+    return dataclasses.replace(
+        paged_decode.default_config(K, step.queries[0].shape[1] // K, H), **SMALL | {"stages": 2} | changes
+    )
+
+
+def program(step, left=None, config=None, **options):
+    """A function of (query, cache, batch), and these."""
+    query, cache, batch, key, value = step.arguments()
+    cache = write_kv(cache, batch, LAYER, key, value)
+    scale = options.get("scale", query.shape[-1] ** -0.5)
+    attend = partial(
+        paged_attention_mosaic.paged_attention_mosaic.__wrapped__,
+        layer=jnp.int32(LAYER),
+        scale=scale,
+        logits_soft_cap=options.get("logits_soft_cap"),
+        window_left=left,
+        config=config or small_config(step),
+    )
+    return attend, query, cache, batch
+
+
+CONTEXTS = [5, 300, 129, 64, 128, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"block_size": 24, "N": 1, "K": 1}, {}),
+        ({"block_size": 32, "N": 9, "K": 3, "dtype": np.float16}, {"scale": 0.3}),
+        ({"block_size": 64, "N": 2, "K": 2, "H": 128}, {"logits_soft_cap": 3.0}),
+        ({"block_size": 128, "N": 24, "K": 2}, {"left": 100}),
+        ({"block_size": 256, "N": 4, "K": 1, "H": 256}, {}),
+        ({"N": 6, "K": 2, "H": 80}, {"left": 64, "logits_soft_cap": 8.0}),
+        ({"N": 4, "K": 4, "H": 32}, {"left": 0}),
+    ],
+)
+def test_output_is_the_formula(changes, options):
+    step = decodes(CONTEXTS, **changes)
+    out = without_races(*program(step, **options))
+    assert_sequences_exact(step, out, **options)
+
+
+def test_a_decodes_bits_do_not_depend_on_the_batch():
+    """In another order, alone, and at another number of thread blocks."""
+    step = decodes(CONTEXTS, block_size=32)
+    together = np.asarray(without_races(*program(step)))
+    attend, *_ = program(step, config=small_config(step, blocks=3))
+    order = [3, 1, 4, 0, 5, 2]
+    for chosen in (order, [1], [5]):
+        query, cache, batch, key, value = step.arguments(chosen)
+        cache = write_kv(cache, batch, LAYER, key, value)
+        out = np.asarray(without_races(attend, query, cache, batch))
+        np.testing.assert_array_equal(out[: len(chosen)], together[chosen])
+
+
+def test_how_a_sequence_is_cut_depends_on_its_length_alone():
+    config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512)
+    lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
+
+    def parts(lengths):
+        items = paged_decode.split(jnp.asarray(lengths), None, 65536, config)
+        fields = np.asarray(items.fields)[: int(items.total[0])]
+        runs = np.asarray(items.runs)
+        return [fields[start : start + count] for start, count in runs]
+
+    together = parts(lengths)
+    for i, (length, mine) in enumerate(zip(lengths, together, strict=True)):
+        assert (mine[:, 0] == i).all()
+        tokens = np.concatenate([np.arange(start, stop) for _, start, stop, _ in mine] or [np.arange(0)])
+        np.testing.assert_array_equal(tokens, np.arange(length))
+        assert len(mine) <= config.splits
+        assert (mine[:, 1] % paged_decode.TILE == 0).all()
+        np.testing.assert_array_equal(parts([length])[0][:, 1:], mine[:, 1:])
+    assert [len(mine) for mine in together] == [0, 1, 1, 2, 8, 8, 8, 0, 8]
+
+
+def test_windows_skip_the_blocks_outside():
+    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    items = paged_decode.split(jnp.array([5000, 100], jnp.int32), 1000, 8192, config)
+    assert np.asarray(items.fields)[:4].tolist() == [
+        [0, 3968, 4480, 3999],
+        [0, 4480, 4992, 3999],
+        [0, 4992, 5000, 3999],
+        [1, 0, 100, 0],
+    ]
+
+
+class Parts:
+    """Parts of a few sequences, of which some have seen nothing: a log-sum-exp of -inf."""
+
+    def __init__(self, counts, H):
+        rng = np.random.default_rng(0)
+        total, N, K = sum(counts), 6, 2
+        self.columns = np.asarray(paged_decode.columns_of_heads(N, K))
+        logs = 10 * rng.standard_normal((total, N)).astype(np.float32)
+        empty = rng.random((total, N)) < 0.3
+        self.lse = np.full((total, 16), np.nan, np.float32)
+        self.lse[:, self.columns] = np.where(empty, -np.inf, logs)
+        self.parts = np.where(empty[..., None], 0, rng.standard_normal((total, N, H))).astype(np.float32)
+        self.runs = np.stack([np.cumsum([0, *counts[:-1]]), counts], -1).astype(np.int32)
+
+    def merged(self, merge):
+        """What a kernel makes of them, and whether it raced."""
+        arrays = map(jnp.asarray, (self.parts, self.lse, self.runs, self.columns))
+        return interpreted(partial(merge, dtype=jnp.bfloat16), *arrays)
+
+    def assert_exact(self, out):
+        for (start, count), found in zip(self.runs, np.asarray(out).astype(np.float64), strict=True):
+            here = slice(start, start + count)
+            logs = self.lse[here, self.columns].astype(np.float64)
+            weights = np.exp2(logs - logs.max(0, initial=-1e30))
+            weights /= np.maximum(weights.sum(0), 1e-30)
+            expected = np.einsum("sn,snh->nh", weights, self.parts[here].astype(np.float64))
+            np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("counts", [[0, 1, 2, 3, 5, 17], [33, 97]])
+def test_parts_are_merged_by_their_log_sum_exp(counts, H):
+    parts = Parts(counts, H)
+    out, raced = parts.merged(paged_merge.merge)
+    assert not raced
+    parts.assert_exact(out)
+
+
+def caught(run, judge):
+    """Whether a mistake shows: as a barrier or a store in a wrong state, which the interpreter raises as an error; as
+    a race; or as a wrong result."""
+    try:
+        out, raced = run()
+    except jax.errors.JaxRuntimeError as error:
+        return re.search(r"[Bb]arrier|copy_smem_to_gmem", str(error)) is not None
+    try:
+        judge(out)
+    except AssertionError:
+        return True
+    return raced
+
+
+MUTANTS = {
+    "none": ("drain(done", "drain(done"),
+    "keys not awaited": ('plgpu.barrier_wait(memory["keys_full"].at[at])', "pass"),
+    "values not awaited": ('plgpu.barrier_wait(memory["values_full"].at[at])', "pass"),
+    "slots not awaited": ("(partial(plgpu.barrier_wait, free))", "(lambda: None)"),
+    "NaN times 0": ("jnp.where(visible(value.shape), value, jnp.zeros_like(value))", "value"),
+    "end not masked": ("jnp.where(visible(s.shape), s, -jnp.inf)", "s"),
+    "end not passed on": ("first, item.low, item.stop)", "first, item.low, item.stop - 16)"),
+    "sum not rescaled": ("sums * broadcast(alpha, sums.shape, 1) + p", "sums + p"),
+    "not drained": ('drain(done, self.config.stages, self.memory["values_free"])', "pass"),
+    "log of another base": ("m + jnp.log2(safe)", "m + jnp.log(safe)"),
+    "stores not awaited": ("plgpu.wait_smem_to_gmem(0)", "pass"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mistakes_in_decode_are_caught(monkeypatch, name):
+    if name != "none":
+        monkeypatch.setattr(paged_attention_mosaic, "paged_decode", mutant(paged_decode, *MUTANTS[name]))
+    step = decodes([330, 129, 70])
+    run = program(step, left=150)
+    assert caught(lambda: interpreted(*run), partial(assert_sequences_exact, step, left=150)) == (name != "none")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("PARTS = 32", "PARTS = 8"),  # no mistake
+        ('plgpu.barrier_wait(memory["full"])', "pass"),
+        ("(total * alpha, out * alpha)", "(total, out)"),
+        ("lax.min(count - done, jnp.int32(PARTS))", "PARTS"),
+        ("plgpu.commit_smem()  # all have read, and TMA will write there", ""),
+    ],
+)
+def test_mistakes_in_merge_are_caught(old, new):
+    parts = Parts([5, 97], 64)
+    changed = mutant(paged_merge, old, new)
+    assert caught(lambda: parts.merged(changed.merge), parts.assert_exact) == (old != "PARTS = 32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_size": 4}, "its block sizes are multiples of 8, got 4"),
+        ({"dtype": np.float32}, "its kernels are for bfloat16 and float16, and the cache is float32"),
+        ({"N": 40, "K": 1}, "it takes at most 32 query heads a kv head, got 40"),
+        ({"H": 320}, "its head dims are at most 256, got 320"),
+        ({"N": 1, "K": 1, "H": 36}, "must be a multiple of 16 bytes, got 1 kv heads of head dim 36"),
+    ],
+)
+def test_what_it_cannot_serve_is_said_and_left_to_xla(changes, reason):
+    step = decodes([5, 100], **changes)
+    query, cache, batch, key, value = step.arguments()
+    cache = write_kv(cache, batch, LAYER, key, value)
+
+    attend = partial(paged_attention, query, cache, batch, LAYER)
+    with plgpu.force_gpu_interpret_mode():
+        with pytest.raises(NotImplementedError, match=reason):
+            attend(implementation="mosaic")
+        assert_sequences_exact(step, attend())
+
+
+def test_elsewhere_than_on_a_hopper_gpu_xla_serves():
+    step = decodes([5, 100])
+    query, cache, batch, key, value = step.arguments()
+    cache = write_kv(cache, batch, LAYER, key, value)
+    with pytest.raises(NotImplementedError, match=r"Hopper GPUs .* and this is cpu"):
+        paged_attention(query, cache, batch, LAYER, implementation="mosaic")
+    assert_sequences_exact(step, jax.jit(paged_attention)(query, cache, batch, LAYER))
