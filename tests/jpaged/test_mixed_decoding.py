@@ -104,7 +104,11 @@ def test_answers_are_the_same(model, alone, pool):
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_swapped) == (0, 0, 0)
     assert (stats.num_free_blocks, stats.num_free_host_blocks) == (stats.num_blocks, stats.num_host_blocks)
-    assert (stats.num_preemptions > 0) == (not pool.startswith("large") and pool != "blocks of 32"), stats
+    if pool.startswith("large"):
+        assert stats.num_preemptions == 0
+    elif pool != "blocks of 32":
+        assert stats.num_preemptions > 0
+        assert (engine._scheduler.num_swapped_out > 0) == (stats.num_host_blocks > 0)
     assert (stats.prefix_cache_hits > 0) == ("no prefix caching" not in pool)
 
 
