@@ -109,7 +109,8 @@ def test_answers_are_the_same(model, alone, pool):
     elif pool != "blocks of 32":
         assert stats.num_preemptions > 0
         assert (engine._scheduler.num_swapped_out > 0) == (stats.num_host_blocks > 0)
-    assert (stats.prefix_cache_hits > 0) == ("no prefix caching" not in pool)
+    if pool != "blocks of 32":  # which no prompt fills
+        assert (stats.prefix_cache_hits > 0) == ("no prefix caching" not in pool)
 
 
 def test_requests_that_join_and_leave_at_any_step(model, alone):
