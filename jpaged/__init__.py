@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .generation import GenerateOutput as GenerateOutput
     from .generation import generate as generate
     from .llm import LLM as LLM
+    from .llm import CachedPrefix as CachedPrefix
     from .llm_engine import EngineStats as EngineStats
     from .llm_engine import LLMEngine as LLMEngine
     from .outputs import CompletionOutput as CompletionOutput
@@ -22,6 +23,7 @@ _HOME = {
     "EngineConfig": "config",
     "GenerateOutput": "generation",
     "generate": "generation",
+    "CachedPrefix": "llm",
     "LLM": "llm",
     "EngineStats": "llm_engine",
     "LLMEngine": "llm_engine",

@@ -213,7 +213,7 @@ class LLMEngine:
 
     def has_unfinished(self) -> bool:
         """Whether a further `step` has something to do."""
-        return self._scheduler.has_unfinished()
+        return self._scheduler.has_unfinished() or any(name in self._requests for name in self._to_report)
 
     def stats(self) -> EngineStats:
         """What the engine is doing, and what it has done so far."""
@@ -276,6 +276,9 @@ class LLMEngine:
                     except Exception as error:
                         self._fail(error)
                         return
+                    except BaseException:  # no fault of the step's: nobody's request is to end for it
+                        self._lose_the_cache()
+                        raise
                 self._flights.append(_Flight(output, step))
             if output.is_empty:
                 return
@@ -309,9 +312,13 @@ class LLMEngine:
         with interrupts.held_back():
             failed = self._scheduler.fail(f"a step failed: {type(error).__name__}: {error}")
             self._report(group.request_id for group in failed)
-            self._flights.clear()
-            self._runner.reset()
-            self._scheduler.preempt_all()
+            self._lose_the_cache()
+
+    def _lose_the_cache(self) -> None:
+        """Forgets the steps under way; all requests are to be computed anew."""
+        self._flights.clear()
+        self._runner.reset()
+        self._scheduler.preempt_all()
 
     def _take(self, output: SchedulerOutput, result: StepResult) -> None:
         """A step into the books."""

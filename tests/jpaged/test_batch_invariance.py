@@ -96,7 +96,7 @@ def test_bits_are_the_same(model, alone, situation):
 
 def test_without_the_option_bits_do_differ(model, alone):
     """So that the tests above show something: here shapes and chunks leave their traces."""
-    outputs = run_together(make(model, batch_invariant=False, max_num_batched_tokens=64))
+    outputs = run_together(make(model, batch_invariant=False, max_num_batched_tokens=16))
     assert [bits(outputs[str(i)]) == expected for i, expected in enumerate(alone)].count(False) > 0
 
 
