@@ -34,10 +34,10 @@ from rich.table import Table
 from jpaged import EngineConfig, LLMEngine, SamplingParams
 from models import Llama, LlamaConfig
 
-LLAMA_3 = {"vocab_size": 128_256, "head_dim": 128, "max_len": 8192, "rope_theta": 500_000.0}
+LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "head_dim": 128, "max_len": 8192, "rope_theta": 500_000.0}
 CONFIGS = {
     "1b": LlamaConfig(
-        **LLAMA_3 | {"head_dim": 64}, d_model=2048, num_layers=16, num_heads=32, num_kv_heads=8, d_ff=8192,
+        **(LLAMA_3 | {"head_dim": 64}), d_model=2048, num_layers=16, num_heads=32, num_kv_heads=8, d_ff=8192,
         tie_embeddings=True,
     ),
     "8b": LlamaConfig(**LLAMA_3, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, d_ff=14_336),

@@ -120,8 +120,8 @@ class Llama(nnx.Module):
       config: shape and constants.
       rngs: of the random initial weights.
       dtype: of parameters and activations; norms, softmax and logits are float32.
-      scan_layers: layers stacked in one leaf a weight and run by `lax.scan`, which compiles a GPU program of one
-        layer; else separate leaves run one after the other, which spares a CPU a copy of every layer's weights.
+      scan_layers: layers stacked in one leaf a weight and run by `lax.scan`, which compiles a program of one layer;
+        else separate leaves run one after the other, which spares a step that decodes a copy of every layer's weights.
 
     >>> config = LlamaConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
     ...                      d_ff=32, max_len=128)

@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -21,15 +20,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
-def load(
-    name_or_path: str | Path, *, dtype: DTypeLike, scan_layers: bool | None = None
-) -> tuple[Llama, Tokenizer | None]:
+def load(name_or_path: str | Path, *, dtype: DTypeLike, scan_layers: bool = False) -> tuple[Llama, Tokenizer | None]:
     """Returns a model with its weights, and its tokenizer (None if it has none).
 
     `name_or_path` is, in this order: a demo model's name, a `.gguf` file, a folder (with `config.json` and
     safetensors, or with one `.gguf` file), or an id on the Hugging Face hub (`org/name`). All parameters take
-    `dtype`. With `scan_layers` the layers' weights are stacked, which GPUs want and CPUs do not (None: as the
-    default backend wants).
+    `dtype`. With `scan_layers` the layers' weights are stacked, and compile sooner; but a decoding step then
+    copies each layer's weights out of the stack before it reads them.
 
     Raises TypeError for a dtype that is not floating; ValueError when nothing is found under the name, or
     when what is found is no Llama, is damaged, or lacks a tensor or has one too many; OSError when a download
@@ -40,8 +37,6 @@ def load(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating type, got {dtype}")
-    if scan_layers is None:
-        scan_layers = jax.default_backend() != "cpu"
     path = _locate(name_or_path)
     if path.is_dir():
         checkpoint, config = SafetensorsCheckpoint(path), config_from_folder(path)

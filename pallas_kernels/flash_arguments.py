@@ -185,4 +185,4 @@ def _dropout_seeds(rate: Any, rng: Any, B: int) -> Array | None:
         raise ValueError(f"flash_attention: dropout_rate {rate} needs a dropout_rng, got None")
     if not isinstance(rng, jax.Array | np.ndarray):
         raise TypeError(f"flash_attention: dropout_rng must be a jax.random key, got {type(rng).__name__}")
-    return dropout.batch_seeds(rng, B)
+    return dropout.batch_seeds(jnp.asarray(rng), B)

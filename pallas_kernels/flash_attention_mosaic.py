@@ -175,11 +175,15 @@ class _Block:
                 plgpu.barrier_arrive(self.memory[f"{x}_free"].at[at])
 
         def sweep(m, total, accs):
-            self.visits.sweep(self.warpgroup, idle, lambda *step: self.step(*step, held, m, total, accs))
+            self.visits.sweep(
+                self.warpgroup,
+                idle,
+                lambda index, tile, partial: self.step(index, tile, partial, held, m, total, accs),
+            )
 
         self.finish(*self.running(sweep))
 
-    def running(self, sweep: Callable[[Ref, Ref, Sequence[Ref]], None]) -> tuple[Array, Array, list[Array]]:
+    def running(self, sweep: Callable[[Ref, Ref, Sequence[Ref]], None]) -> Any:
         """Runs sweep on the running maximum, sum and output, and returns what it leaves in them.
 
         They are in registers; interpreted, which knows no such state, in shared memory.

@@ -423,11 +423,11 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     # No row past the end contributes: its probabilities are exp2(. - inf) = 0.
     rows = (padded(lse * LOG2E, row_padding, math.inf), padded(delta, row_padding, 0.0))
     inputs["rows"] = jnp.stack(rows, 2)
-    if spec.dropout_rate > 0.0:
+    if operands.dropout_seeds is not None:
         inputs["row_keys"] = padded(dropout_row_keys(operands.dropout_seeds, N, T), row_padding, 0)
     if operands.key_lengths is not None:
         inputs["key_lengths"] = operands.key_lengths
-    if own.segments is not None:
+    if own.segments is not None and step.segments is not None:
         inputs["own_segments"] = padded(own.segments, own_padding, 0)
         inputs["step_segments"] = padded(step.segments, step_padding, 0)
     tables = visits.tables()

@@ -135,13 +135,14 @@ def kernel_loops(problem: Problem, *, forward: bool = True, backward: bool = Tru
     if problem.H % 64:
         raise ValueError(f"kernel_loops: H must be a multiple of 64, got {problem.H}")
     loops = []
+    operands = AttentionOperands(block_mask=problem.block_mask)
+    spec = AttentionSpec(problem.H**-0.5, problem.lower, problem.upper)
     if forward:
-        operands = AttentionOperands(block_mask=problem.block_mask)
-        config = forward_config(problem.H, operands, AttentionSpec(problem.H**-0.5, problem.lower, problem.upper))
+        config = forward_config(problem.H, operands, spec)
         rows = config.rows * config.warpgroups
         # Q, O and the log-sum-exp; K, V.
         loops.append(Loop(True, rows, config.keys, own_tensors=2, step_tensors=2, matmuls=2, own_vectors=1))
-    for wanted, tiles in backward_config(problem.H).launches if backward else ():
+    for wanted, tiles in backward_config(problem.H, operands, spec).launches if backward else ():
         own = tiles.own * tiles.warpgroups
         if wanted == ("dq",):  # Q, dO, dQ, log-sum-exp and delta; K, V
             loops.append(Loop(True, own, tiles.step, own_tensors=3, step_tensors=2, matmuls=3, own_vectors=2))

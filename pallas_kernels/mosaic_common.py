@@ -22,6 +22,8 @@ from .devices import interpreted
 LOG2E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 PANEL = 64
+SWIZZLE: Any = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+TILING: Any = plgpu.TilingTransform((8, PANEL))  # pyright: ignore[reportAbstractUsage]
 
 Ref = Any  # a reference to memory inside a kernel
 Scalar = int | jax.Array
@@ -29,9 +31,8 @@ Scalar = int | jax.Array
 
 def tile_memory(*shape: int, dtype: jnp.dtype) -> Any:
     """Shared memory for tiles [..., panels, rows, 64]: a view for TMA and, over the same bytes, one for wgmma."""
-    swizzle = plgpu.SwizzleTransform(128)
-    for_wgmma = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, PANEL)), swizzle))
-    return for_wgmma if interpreted() else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(swizzle,)), for_wgmma)
+    for_wgmma = plgpu.SMEM(shape, dtype, transforms=(TILING, SWIZZLE))
+    return for_wgmma if interpreted() else plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=(SWIZZLE,)), for_wgmma)
 
 
 def tile_views(memory: Ref) -> Any:  # JAX unpacks a RefUnion like a tuple of references

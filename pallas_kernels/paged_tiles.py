@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from .mosaic_common import PANEL, Ref, Scalar, columns, tile_memory, tile_views
+from .mosaic_common import PANEL, SWIZZLE, TILING, Ref, Scalar, columns, tile_memory, tile_views
 
 
 def padded(head_dim: int) -> int:
@@ -26,7 +26,7 @@ def padded(head_dim: int) -> int:
 
 def row_tiles(*shape: int, dtype: jnp.dtype) -> Any:
     """Shared memory [..., rows, columns] as wgmma wants it, which TMA can fill by rows in eights, panels together."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, PANEL)), plgpu.SwizzleTransform(128)))
+    return plgpu.SMEM(shape, dtype, transforms=(TILING, SWIZZLE))
 
 
 @dataclass(frozen=True)

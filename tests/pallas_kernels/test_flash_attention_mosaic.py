@@ -1,6 +1,7 @@
 """The Hopper kernel of the forward pass, interpreted with race detection, against the formulas."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ def run(case, arrays, config=None, module=mosaic, runner=without_races):
     return runner(forward, *(jnp.asarray(arrays[name]) for name in ("query", "key", "value")), operands_of(arrays))
 
 
-def assert_exact(case, found, arrays, dtype=BFLOAT16):
+def assert_exact(case, found, arrays, dtype: Any = BFLOAT16):
     out, lse = found
     ref, low = (softmax_attention(arrays, work, **case.options) for work in (np.float64, dtype))
     assert out.dtype == dtype
@@ -108,11 +109,12 @@ def test_what_it_cannot_serve_is_said_and_left_to_others():
     query = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode():
         assert explain(query, query, query).implementation == "mosaic"
-        for change, reason in (
+        changes: list[tuple[dict[str, Any], str]] = [
             ({"bias": jnp.zeros((1, 2, 128, 128), jnp.bfloat16)}, "a bias"),
             ({"mask": jnp.ones((1, 1, 128, 128), bool)}, "a dense mask"),
             ({"block_mask": BlockMask.full(128, 128, block_q=32, block_kv=128)}, "multiples of 64, not 32 x 128"),
-        ):
+        ]
+        for change, reason in changes:
             found = explain(query, query, query, **change)
             assert reason in found.reasons["mosaic"]
             assert found.implementation == "xla"
