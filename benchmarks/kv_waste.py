@@ -102,7 +102,7 @@ def simulate(requests: list[Request], block_size: int, args: argparse.Namespace)
         scheduler.update(output, [0] * len(output.samples))
         host_seconds += time.perf_counter() - begin
         if output.ended:
-            raise SystemExit(f"--num-slots {args.num_slots} is too small: {output.ended[0].error}")
+            raise SystemExit(f"--num-slots {args.num_slots} is too small: {groups[int(output.ended[0])].error}")
 
         num_steps += 1
         now += args.step_ms / 1e3 + args.token_us / 1e6 * output.num_tokens
@@ -111,8 +111,10 @@ def simulate(requests: list[Request], block_size: int, args: argparse.Namespace)
         running = [requests[i] for i in started if groups[i].sequences[0].row is not None]
         if running:
             most_running = max(most_running, len(running))
-            held = [blocks.num_held_slots, *(sum(map(way, running)) for way in ways.values())]
-            shares.append([1 - blocks.num_used_slots / slots for slots in held])
+            paged = (blocks.num_blocks - blocks.num_free_blocks) * block_size
+            used = paged - scheduler.num_unused_slots
+            held = [paged, *(sum(map(way, running)) for way in ways.values())]
+            shares.append([1 - used / slots for slots in held])
     means = [fmean(column) for column in zip(*shares, strict=True)]
     return Result(
         dict(zip(["paged", *ways], means, strict=True)),

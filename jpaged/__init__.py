@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .beam_search_params import BeamSearchParams as BeamSearchParams
     from .config import EngineConfig as EngineConfig
     from .generation import GenerateOutput as GenerateOutput
     from .generation import generate as generate
     from .llm import LLM as LLM
+    from .llm import CachedPrefix as CachedPrefix
     from .llm_engine import EngineStats as EngineStats
     from .llm_engine import LLMEngine as LLMEngine
     from .outputs import CompletionOutput as CompletionOutput
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for, so that the host side (`jpaged.scheduler`, say) can be used without JAX.
 _HOME = {
+    "BeamSearchParams": "beam_search_params",
     "EngineConfig": "config",
     "GenerateOutput": "generation",
     "generate": "generation",
+    "CachedPrefix": "llm",
     "LLM": "llm",
     "EngineStats": "llm_engine",
     "LLMEngine": "llm_engine",

@@ -1,36 +1,28 @@
 """Requests in, outputs out, a step at a time: the engine under `LLM` and under a server."""
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Protocol
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from . import interrupts
+from .beam_search_params import BeamSearchParams
 from .block_manager import BlockManager
 from .config import EngineConfig
 from .memory import num_blocks_that_fit
-from .outputs import CompletionOutput, RequestMetrics, RequestOutput
-from .runner import Model, Runner, StepResult
+from .outputs import RequestOutput
+from .request import BeamSearchRequest, Request, Sampled, SamplingRequest
+from .request_builder import RequestBuilder, Tokenizer
+from .runner import Model, PromptLogprobs, Runner, StepInFlight, StepResult
 from .sampling_params import SamplingParams
-from .scheduler import Sample as ScheduledSample
 from .scheduler import Scheduler
+from .scheduler_output import SchedulerOutput
 from .sequence import Sequence as TokenSequence
-from .sequence import SequenceGroup
 from .step_inputs import StepShape
-from .text_stream import Detokenizer, TextStream
-
-
-class Tokenizer(Protocol):
-    """What the engine needs of a tokenizer (see `models.Tokenizer`)."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-    def encode(self, text: str, /) -> list[int]: ...
-    def stream(self, skip_special_tokens: bool, /) -> Detokenizer: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +30,16 @@ class EngineStats:
     """What an engine is doing, and what it has done since it was made."""
 
     num_running: int
-    """Requests that hold blocks."""
+    """Requests that hold blocks of the device."""
     num_waiting: int
+    num_swapped: int
+    """Those of the waiting whose blocks are on the host."""
     num_preemptions: int
     num_blocks: int
     num_free_blocks: int
+    """Cached blocks that nobody holds count as free."""
+    num_host_blocks: int
+    num_free_host_blocks: int
     peak_blocks: int
     """Most blocks held at once."""
     held_slot_steps: int
@@ -50,49 +47,33 @@ class EngineStats:
     used_slot_steps: int
     """Those of them that carried a token."""
     prompt_tokens: int
+    """Of all requests that were added."""
     generation_tokens: int
+    prefix_cache_queries: int
+    """Prompt tokens that were looked up in the prefix cache: of requests that were admitted, each counted once."""
+    prefix_cache_hits: int
+    """Those of them that were found."""
     steps: int
     compiled_shapes: int
     compile_seconds: float
 
 
-@dataclass
-class _Request:
-    group: SequenceGroup
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    arrival_time: float
-    samples: list["_Sample"] = field(default_factory=list)
-    first_token_time: float | None = None
+class _Flight(NamedTuple):
+    """A step that is scheduled and not yet in the books; `step` is None where the device had nothing to do."""
 
-
-@dataclass
-class _Sample:
-    """What is gathered of one sequence beside its tokens."""
-
-    request: _Request
-    sequence: TokenSequence
-    stream: TextStream
-    ended_by_string: bool = False
-    cumulative_logprob: float = 0.0
-    logprobs: list[dict[int, float]] = field(default_factory=list)
-
-    def output(self) -> CompletionOutput:
-        sequence = self.sequence
-        if sequence.finish_reason is not None:
-            self.stream.finish()
-        return CompletionOutput(
-            index=sequence.index,
-            text=self.stream.text,
-            token_ids=tuple(sequence.token_ids[sequence.prompt_len :]),
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.request.group.params.logprobs is None else tuple(self.logprobs),
-            finish_reason="stop" if self.ended_by_string else sequence.finish_reason,
-        )
+    output: SchedulerOutput
+    step: StepInFlight | None
 
 
 class LLMEngine:
     """Continuous batching over one model: requests join and leave between steps.
+
+    While the device computes a step, the host schedules and starts the next one: a sampled token goes from step to
+    step without leaving the device. What ends a request and is seen only then, a stop token or a stop string, costs
+    one surplus token, which is discarded. Only beam searches wait for the host between their steps.
+
+    A step that fails, for want of memory, say, ends the requests that had a part in it with an error; all others are
+    computed anew. A request whose logits are not numbers ends with an error too.
 
     Args:
       model: a pytree with `config`, `step` and `logits` (see `models.Llama`).
@@ -124,9 +105,13 @@ class LLMEngine:
             raise ValueError(
                 f"max_model_len: expected at most the model's {limits.max_len}, got {config.max_model_len}"
             )
-        self._vocab_size = limits.vocab_size
-        self._tokenizer = tokenizer
-        self._eos_token_ids = {*limits.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        self._builder = RequestBuilder(
+            config,
+            tokenizer,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=frozenset((*limits.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ()))),
+            max_model_len=self.max_model_len,
+        )
         weight: jax.Array = jax.tree.leaves(model)[0]
         token_bytes = 2 * limits.num_layers * limits.num_kv_heads * limits.head_dim * weight.dtype.itemsize
         num_blocks = num_blocks_that_fit(
@@ -136,74 +121,84 @@ class LLMEngine:
             memory_utilization=config.memory_utilization,
             beside=weight,
         )
-        self._blocks = BlockManager(num_blocks, config.block_size)
+        self._blocks = BlockManager(
+            num_blocks,
+            config.block_size,
+            num_host_blocks=config.num_host_blocks,
+            prefix_caching=config.enable_prefix_caching,
+        )
+        max_num_batched_tokens = config.max_num_batched_tokens
+        if config.batch_invariant:
+            max_num_batched_tokens = min(max_num_batched_tokens, config.max_num_seqs)
         self._scheduler = Scheduler(
-            self._blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            self._blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            preemption=config.preemption,
         )
         self._runner = Runner(
             model,
             num_blocks=num_blocks,
+            num_host_blocks=config.num_host_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            batch_invariant=config.batch_invariant,
             on_compile=on_compile,
         )
-        self._requests: dict[str, _Request] = {}
-        self._samples: dict[int, _Sample] = {}  # by seq_id
-        self._seq_ids = count()
-        self._num_requests = 0
+        self._flights: deque[_Flight] = deque()  # in the order in which they run; at most two
+        self._requests: dict[str, Request] = {}
+        self._sequences: dict[int, tuple[Request, TokenSequence]] = {}  # of these requests, by seq_id
+        self._to_report: dict[str, None] = {}  # requests that ended, or got a token, since the last report
         self._num_prompt_tokens = self._num_generated = self._num_steps = 0
         self._peak_blocks = self._held_slots = self._used_slots = 0
-        self._to_report: list[SequenceGroup] = []  # that ended in `schedule`, or got a token
 
-    def add_request(self, request_id: str, prompt: str | Sequence[int], params: SamplingParams) -> None:
-        """Queues a request. Raises ValueError or TypeError for what cannot be served, and has then done nothing."""
-        token_ids = self._check(prompt, params)
-        if request_id in self._requests:
-            raise ValueError(f"request_id: expected one not in use, got {request_id!r}")
-        eos = () if params.ignore_eos else self._eos_token_ids
-        group = SequenceGroup(
-            request_id,
-            [TokenSequence(next(self._seq_ids), index, list(token_ids)) for index in range(params.n)],
-            params,
-            frozenset((*eos, *params.stop_token_ids)),
-            seed=(self.config.seed << 32) + self._num_requests if params.seed is None else params.seed,
-            max_len=min(len(token_ids) + params.max_tokens, self.max_model_len),
-        )
-        self._scheduler.add(group)
-        self._num_requests += 1
-        self._num_prompt_tokens += len(token_ids)
-        request = _Request(group, prompt if isinstance(prompt, str) else None, tuple(token_ids), time.monotonic())
-        for sequence in group.sequences:
-            sample = _Sample(request, sequence, TextStream(self._detokenizer(params), params))
-            request.samples.append(sample)
-            self._samples[sequence.seq_id] = sample
-        self._requests[request_id] = request
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queues a request.
+
+        Args:
+          priority: lower is served first and preempted last; among equals, who came first.
+          cache_salt: prefixes are shared only among requests of the same salt.
+
+        Raises ValueError or TypeError for what cannot be served, and has then done nothing.
+        """
+        self._add(request_id, prompt, params, priority, cache_salt, keeps_prefix=False)
+
+    def add_prefix(self, request_id: str, prompt: str | Sequence[int], *, cache_salt: str | None = None) -> None:
+        """Queues a prompt to be computed, whose full blocks stay held for others to find until `release_prefix`.
+
+        Raises what `add_request` raises, and ValueError where prefix caching is off.
+        """
+        if not self.config.enable_prefix_caching:
+            raise ValueError("add_prefix: expected enable_prefix_caching=True, got False")
+        params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+        self._add(request_id, prompt, params, 0, cache_salt, keeps_prefix=True)
+
+    def release_prefix(self, request_id: str) -> None:
+        """Lets go of the blocks of a prefix: they stay cached until they are needed. KeyError where none are kept."""
+        self._scheduler.release_prefix(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step; returns the requests that got a token or ended in it.
+        """Takes in one step, while the next one runs; returns the requests that got a token or ended in it.
 
-        If it raises, nothing is lost: what ran is computed anew by the steps that follow, unless it is aborted.
+        Ctrl-C may end it at any moment, and loses nothing: the steps that follow go on from there.
         """
-        try:
-            with interrupts.held_back():
-                scheduled = self._scheduler.schedule()
-                self._to_report += scheduled.ended
-            if scheduled.num_tokens:
-                result = self._runner.execute(scheduled)
-                with interrupts.held_back():
-                    self._count_slots(scheduled.num_tokens)
-                    self._to_report += self._scheduler.update(scheduled, result.token_ids)
-                    self._take(scheduled.samples, result)
-        except BaseException:
-            with interrupts.held_back():
-                self._scheduler.preempt_all()
-            raise
-        groups, self._to_report = self._to_report, []
-        return [
-            self._output(self._requests[group.request_id]) for group in groups if group.request_id in self._requests
-        ]
+        self._start_steps()
+        self._finish_step()
+        while self._flights and self._flights[0].step is None:
+            self._finish_step()
+        self._finish_surplus()
+        request_ids, self._to_report = self._to_report, {}
+        return [self._output(self._requests[request_id]) for request_id in request_ids if request_id in self._requests]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request now and returns it as far as it came; None for one that is not (or no longer) known."""
@@ -212,115 +207,222 @@ class LLMEngine:
             return None
         with interrupts.held_back():
             self._scheduler.abort(request_id)
-            return self._output(request)
+            output = self._output(request)
+        self._finish_surplus()
+        return output
 
     def has_unfinished(self) -> bool:
         """Whether a further `step` has something to do."""
-        return self._scheduler.has_unfinished()
+        return self._scheduler.has_unfinished() or any(name in self._requests for name in self._to_report)
 
     def stats(self) -> EngineStats:
+        """What the engine is doing, and what it has done so far."""
+        scheduler, blocks = self._scheduler, self._blocks
         return EngineStats(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_preemptions=self._scheduler.num_preemptions,
-            num_blocks=self._blocks.num_blocks,
-            num_free_blocks=self._blocks.num_free_blocks,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_swapped=scheduler.num_swapped,
+            num_preemptions=scheduler.num_preemptions,
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            num_host_blocks=blocks.num_host_blocks,
+            num_free_host_blocks=blocks.num_free_host_blocks,
             peak_blocks=self._peak_blocks,
             held_slot_steps=self._held_slots,
             used_slot_steps=self._used_slots,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self._num_generated,
+            prefix_cache_queries=scheduler.num_prompt_tokens if self.config.enable_prefix_caching else 0,
+            prefix_cache_hits=scheduler.num_cached_tokens,
             steps=self._num_steps,
             compiled_shapes=len(self._runner.compile_seconds),
             compile_seconds=sum(self._runner.compile_seconds.values()),
         )
 
-    def _check(self, prompt: str | Sequence[int], params: SamplingParams) -> list[int]:
-        """The prompt's token ids, where all is well."""
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params: expected SamplingParams, got {type(params).__name__}")
-        if params.n > self.config.max_num_seqs:
-            raise ValueError(f"n: expected at most max_num_seqs ({self.config.max_num_seqs}), got {params.n}")
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop: expected none for a model without a tokenizer, got {params.stop!r}")
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise TypeError("prompt: expected token ids for a model without a tokenizer, got a str")
-            token_ids = self._tokenizer.encode(prompt)
-        else:
-            token_ids = _token_ids(prompt)
-        for token_id in (*token_ids, *params.stop_token_ids):
-            if not 0 <= token_id < self._vocab_size:
-                name = "prompt" if token_id in token_ids else "stop_token_ids"
-                raise ValueError(f"{name}: expected token ids in [0, {self._vocab_size}), got {token_id}")
-        if not token_ids:
-            raise ValueError(f"prompt: expected at least one token, got none in {prompt!r}")
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt: expected fewer than {self.max_model_len} tokens, the model's length with at least one "
-                f"to generate, got {len(token_ids)}"
-            )
-        return token_ids
+    def _add(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams | BeamSearchParams,
+        priority: int,
+        cache_salt: str | None,
+        *,
+        keeps_prefix: bool,
+    ) -> None:
+        request = self._builder.build(
+            request_id, prompt, params, priority=priority, cache_salt=cache_salt, keeps_prefix=keeps_prefix
+        )
+        if request_id in self._requests:
+            raise ValueError(f"request_id: expected one not in use, got {request_id!r}")
+        self._scheduler.add(request.group)
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._requests[request_id] = request
+        for sequence in request.group.sequences:
+            self._sequences[sequence.seq_id] = request, sequence
 
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        return None if self._tokenizer is None else self._tokenizer.stream(params.skip_special_tokens)
+    # Steps.
 
-    def _take(self, sampled: Sequence[ScheduledSample], result: StepResult) -> None:
-        """What the step sampled, into the requests: logprobs, text, and ends by stop strings."""
-        now = time.monotonic()
-        self._num_generated += len(sampled)
-        for i, (seq_id, _, _) in enumerate(sampled):
-            sample = self._samples[seq_id]
-            request, token_id = sample.request, result.token_ids[i]
+    def _start_steps(self) -> None:
+        """Gives the device its next steps, until two are under way."""
+        while len(self._flights) < 2:
+            with interrupts.held_back():
+                output = self._scheduler.schedule()
+                self._report(output.ended)
+                step = None
+                if not output.is_empty:
+                    self._note_start(output)
+                    try:
+                        step = self._runner.start(output)
+                    except Exception as error:
+                        self._fail(error)
+                        return
+                    except BaseException:  # no fault of the step's: nobody's request is to end for it
+                        self._lose_the_cache()
+                        raise
+                self._flights.append(_Flight(output, step))
+            if output.is_empty:
+                return
+
+    def _finish_step(self) -> None:
+        """Waits for the first of the steps under way, and takes in what it brings."""
+        if not self._flights:
+            return
+        output, step = self._flights[0]
+        result = None
+        if step is not None:
+            try:
+                result = self._runner.finish(step)
+            except Exception as error:
+                self._fail(error)
+                return
+        with interrupts.held_back():
+            self._flights.popleft()
+            if result is None:
+                self._scheduler.update(output, ())
+            else:
+                self._take(output, result)
+
+    def _finish_surplus(self) -> None:
+        """Steps that are under way when no request is left: what they bring is discarded, and their blocks are free."""
+        while self._flights and not self._scheduler.has_unfinished():
+            self._finish_step()
+
+    def _fail(self, error: Exception) -> None:
+        """A step failed: the requests in those under way end, and for all others the cache is as good as lost."""
+        with interrupts.held_back():
+            failed = self._scheduler.fail(f"a step failed: {type(error).__name__}: {error}")
+            self._report(group.request_id for group in failed)
+            self._lose_the_cache()
+
+    def _lose_the_cache(self) -> None:
+        """Forgets the steps under way; all requests are to be computed anew."""
+        self._flights.clear()
+        self._runner.reset()
+        self._scheduler.preempt_all()
+
+    def _take(self, output: SchedulerOutput, result: StepResult) -> None:
+        """A step into the books."""
+        self._runner.record(output, result)
+        self._take_prompt_logprobs(result.prompt_logprobs)
+        # A sequence that has ended since the step was started has no use for what it brings.
+        samples = enumerate(output.samples.seq_ids)
+        live = [(i, *self._sequences[seq_id]) for i, seq_id in samples if self._is_unfinished(seq_id)]
+        has_nan = self._end_the_undrawable(live, result)
+        self._scheduler.update(output, result.token_ids)
+        beams: dict[BeamSearchRequest, dict[int, Sampled]] = {}
+        now = monotonic()
+        for i, request, sequence in live:
+            if request.group.error is not None:
+                continue
+            self._num_generated += 1
             if request.first_token_time is None:
                 request.first_token_time = now
-            sample.cumulative_logprob += result.logprobs[i]
-            if request.group.params.logprobs is not None:
-                n = request.group.params.logprobs
-                top = zip(result.top_token_ids[i, :n].tolist(), result.top_logprobs[i, :n].tolist(), strict=True)
-                sample.logprobs.append({token_id: result.logprobs[i], **dict(top)})
-            sequence = sample.sequence
-            may_stop = len(sequence.token_ids) - sequence.prompt_len > request.group.params.min_tokens
-            if sample.stream.add(token_id, may_stop=may_stop):
-                sample.ended_by_string = True
-                if sequence.finish_reason is None:
-                    self._scheduler.finish(seq_id, "stop")
+            sampled = Sampled(result.token_ids[i], result.logprobs[i], result.top_token_ids[i], result.top_logprobs[i])
+            if isinstance(request, BeamSearchRequest):
+                beams.setdefault(request, {})[sequence.seq_id] = sampled
+            elif isinstance(request, SamplingRequest):
+                self._report([request.group.request_id])
+                if request.take(sequence.seq_id, sampled) and sequence.finish_reason is None:
+                    self._scheduler.finish(sequence.seq_id, "stop")
+        for request, of_beams in beams.items():
+            self._advance(request, of_beams)
+        if has_nan:  # it may stand in blocks that others find
+            self._flights.clear()
+            self._scheduler.preempt_all()
 
-    def _count_slots(self, num_tokens: int) -> None:
-        """Counts the step's blocks: before the update, which commits its tokens and frees what has ended."""
+    def _end_the_undrawable(self, live: list[tuple[int, Request, TokenSequence]], result: StepResult) -> bool:
+        """Ends the requests for which there was no token to draw; whether the model is to blame for one of them."""
+        has_nan = False
+        for i, request, _ in live:
+            if result.token_ids[i] < 0 and request.group.error is None:
+                is_nan = math.isnan(result.logprobs[i])
+                has_nan |= is_nan
+                request.group.error = (
+                    "the model's logits are not numbers"
+                    if is_nan
+                    else "no token may be drawn: the request's parameters rule out all of them"
+                )
+                for sequence in request.group.unfinished():
+                    self._scheduler.finish(sequence.seq_id, "error")
+                self._report([request.group.request_id])
+        return has_nan
+
+    def _advance(self, request: BeamSearchRequest, sampled: dict[int, Sampled]) -> None:
+        """Chooses a beam search's next beams: forks those that go on more than once, and ends those that do not."""
+        continuations = request.advance(sampled)
+        parents = request.beams
+        continued = {parents[parent] for parent, _ in continuations}
+        for seq_id in parents:
+            if seq_id not in continued:
+                self._scheduler.finish(seq_id, "stop")
+        beams: list[int] = []
+        for parent, _ in continuations:
+            seq_id = parents[parent]
+            if seq_id in beams:
+                index = len(request.group.sequences)
+                child = self._scheduler.fork(seq_id, self._builder.new_seq_id(), index)
+                self._sequences[child.seq_id] = request, child
+                seq_id = child.seq_id
+            beams.append(seq_id)
+        for seq_id, (_, token_id) in zip(beams, continuations, strict=True):
+            self._scheduler.append_token(seq_id, token_id)
+        request.beams = beams
+        if not beams:
+            self._report([request.group.request_id])
+
+    def _take_prompt_logprobs(self, found: list[PromptLogprobs]) -> None:
+        for seq_id, start, logprobs, top_token_ids, top_logprobs in found:
+            if self._is_unfinished(seq_id):
+                request, sequence = self._sequences[seq_id]
+                assert isinstance(request, SamplingRequest)
+                for i, logprob in enumerate(logprobs.tolist()):
+                    token_id = sequence.token_ids[start + i]
+                    request.take_prompt(start + i, Sampled(token_id, logprob, top_token_ids[i], top_logprobs[i]))
+
+    def _is_unfinished(self, seq_id: int) -> bool:
+        found = self._sequences.get(seq_id)
+        return found is not None and found[1].finish_reason is None
+
+    def _note_start(self, output: SchedulerOutput) -> None:
+        """For the statistics: a step that has been scheduled is about to start."""
+        for new in output.new_rows:
+            request, _ = self._sequences[new.seq_id]
+            if request.scheduled_time is None:
+                request.scheduled_time = monotonic()
+        held = self._blocks.num_blocks - self._blocks.num_free_blocks
         self._num_steps += 1
-        self._held_slots += self._blocks.num_held_slots
-        self._used_slots += self._blocks.num_used_slots + num_tokens
-        self._peak_blocks = max(self._peak_blocks, self._blocks.num_blocks - self._blocks.num_free_blocks)
+        self._held_slots += held * self._blocks.block_size
+        self._used_slots += held * self._blocks.block_size - self._scheduler.num_unused_slots
+        self._peak_blocks = max(self._peak_blocks, held)
 
-    def _output(self, request: _Request) -> RequestOutput:
+    def _report(self, request_ids: Iterable[str]) -> None:
+        self._to_report |= dict.fromkeys(request_ids)
+
+    def _output(self, request: Request) -> RequestOutput:
         """The request as it stands; forgets it once it has ended."""
-        group = request.group
-        finished = not group.unfinished()
-        if finished:
-            del self._requests[group.request_id]
-            for sample in request.samples:
-                del self._samples[sample.sequence.seq_id]
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=tuple(sample.output() for sample in request.samples),
-            finished=finished,
-            error=group.error,
-            metrics=RequestMetrics(
-                arrival_time=request.arrival_time,
-                first_token_time=request.first_token_time,
-                finished_time=time.monotonic() if finished else None,
-            ),
-        )
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    expected = "prompt: expected a str or a sequence of token ids"
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise TypeError(f"{expected}, got {type(prompt).__name__}")
-    for token_id in prompt:
-        if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-            raise TypeError(f"{expected}, got an element {token_id!r}")
-    return [int(token_id) for token_id in prompt]
+        output = request.output()
+        if output.finished:
+            del self._requests[request.group.request_id]
+            for sequence in request.group.sequences:
+                del self._sequences[sequence.seq_id]
+        return output

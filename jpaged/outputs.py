@@ -10,7 +10,7 @@ class CompletionOutput:
     """One sample of a request, as far as it has come."""
 
     index: int
-    """Of the sample within its request."""
+    """Of the sample within its request, or the hypothesis's rank."""
     text: str
     """Whole characters only, and nothing that may yet turn out to be a stop string."""
     token_ids: tuple[int, ...]
@@ -27,6 +27,8 @@ class RequestMetrics:
     """When things happened to a request, in seconds on `time.monotonic`'s clock."""
 
     arrival_time: float
+    scheduled_time: float | None
+    """When its first step was started."""
     first_token_time: float | None
     finished_time: float | None
 
@@ -44,8 +46,13 @@ class RequestOutput:
     """None where the prompt came as token ids."""
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
-    """`SamplingParams.n` of them."""
+    """`SamplingParams.n` of them; of a beam search, once it has ended, its hypotheses by score, the best first."""
     finished: bool
     error: str | None
     """Why it ended, where its finish_reason is "error"."""
+    num_cached_tokens: int | None
+    """Tokens of the prompt that were found in the prefix cache; None until it has been looked up."""
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None
+    """For each token of the prompt the log-probabilities, by token id, of itself and of the likeliest
+    `SamplingParams.prompt_logprobs`; None for the first, which follows nothing, and for those not computed yet."""
     metrics: RequestMetrics

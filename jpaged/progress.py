@@ -70,10 +70,12 @@ class Progress:
         compiling = now.compile_seconds - before.compile_seconds
         held = now.held_slot_steps - before.held_slot_steps
         carrying = (now.used_slot_steps - before.used_slot_steps) / held if held else 1.0
+        hits = now.prefix_cache_hits - before.prefix_cache_hits
         first = f"{median(self._first_tokens):.2f} s" if self._first_tokens else "-"
         return (
             f"{tokens} tokens in {seconds:.1f} s, {compiling:.1f} s of them compiling "
             f"{now.compiled_shapes - before.compiled_shapes} shapes: {tokens / seconds:.0f} tokens/s\n"
-            f"first token after {first} in the median; {now.num_preemptions - before.num_preemptions} preemptions\n"
+            f"first token after {first} in the median; {now.num_preemptions - before.num_preemptions} preemptions; "
+            f"{hits} prompt tokens found in the prefix cache\n"
             f"at most {now.peak_blocks} of {now.num_blocks} blocks held; {carrying:.1%} of held slots carried a token"
         )

@@ -10,6 +10,25 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from .sampling_params import MAX_LOGPROBS
 
 DRAW_TILE = 256  # tokens
+IN_PROMPT = 1 << 30
+
+
+class LogitEdits(NamedTuple):
+    """What is added to single logits, E times; what names no sample is padding."""
+
+    sample: Int32[Array, " E"]
+    token_id: Int32[Array, " E"]
+    value: Float[Array, " E"]  # a bias, or -inf for a token that must not be drawn
+    after: Int32[Array, " E"]  # only where the sample follows this token; -1: whatever it follows
+
+
+class Penalties(NamedTuple):
+    """What each of R rows has said, and what repeating it costs."""
+
+    said: Int32[Array, "R V"]  # how often each token was generated, and IN_PROMPT where it is in the prompt
+    presence: Float[Array, " R"]
+    frequency: Float[Array, " R"]
+    repetition: Float[Array, " R"]
 
 
 class SamplingBatch(NamedTuple):
@@ -53,6 +72,32 @@ def sample(logits: Float[Array, "R V"], batch: SamplingBatch) -> Int32[Array, " 
     return lax.cond((batch.temperature > 0).any(), draw, lambda: greedy)
 
 
+def allow(logits: Float[Array, "R V"], allowed: UInt32[Array, "R words"]) -> Float[Array, "R V"]:
+    """The logits, with -inf where a row's bit of the token (the lowest of a word first) is 0."""
+    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32)) & 1
+    return jnp.where(bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
+def edit(logits: Float[Array, "R V"], edits: LogitEdits, previous: Int32[Array, " R"]) -> Float[Array, "R V"]:
+    """The logits with the edits added, of samples that follow the tokens `previous`."""
+
+    def add() -> Array:
+        applies = (edits.after < 0) | (edits.after == previous.at[edits.sample].get(mode="clip"))
+        value = jnp.where(applies, edits.value, 0.0)
+        return logits.at[edits.sample, edits.token_id].add(value, mode="drop")
+
+    return lax.cond((edits.sample < len(logits)).any(), add, lambda: logits)
+
+
+def penalize(logits: Float[Array, "R V"], penalties: Penalties) -> Float[Array, "R V"]:
+    """Presence and frequency penalties as OpenAI defines them, and the repetition penalty of arXiv 1909.05858."""
+    said, presence, frequency, repetition = penalties
+    times = said & (IN_PROMPT - 1)
+    repeated = jnp.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = jnp.where(said > 0, repeated, logits)
+    return logits - frequency[:, None] * times.astype(jnp.float32) - jnp.where(times > 0, presence[:, None], 0.0)
+
+
 def logprobs_of(logits: Float[Array, "R V"], token_ids: Int32[Array, " R"]) -> Float[Array, " R"]:
     """The log-probability of each row's token under softmax(logits)."""
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=-1)[:, 0]
@@ -60,10 +105,10 @@ def logprobs_of(logits: Float[Array, "R V"], token_ids: Int32[Array, " R"]) -> F
 
 
 def top_logprobs(
-    logits: Float[Array, "R V"], is_asked: Bool[Array, ""]
+    logits: Float[Array, "R V"], is_asked: Bool[Array, ""], n: int = MAX_LOGPROBS
 ) -> tuple[Int32[Array, "R n"], Float[Array, "R n"]]:
-    """The MAX_LOGPROBS likeliest tokens of each row, best first, and their log-probabilities; zeros if not asked."""
-    n = min(MAX_LOGPROBS, logits.shape[-1])
+    """The n likeliest tokens of each row, best first, and their log-probabilities; zeros if not asked."""
+    n = min(n, logits.shape[-1])
 
     def rank() -> tuple[Array, Array]:
         values, token_ids = lax.top_k(logits, n)

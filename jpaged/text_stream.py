@@ -26,10 +26,10 @@ class TextStream:
     (True, 'ab')
     """
 
-    def __init__(self, detokenizer: Detokenizer | None, params: SamplingParams) -> None:
+    def __init__(self, detokenizer: Detokenizer | None, params: SamplingParams | None = None) -> None:
         self._detokenizer = detokenizer
-        self._stop = params.stop
-        self._include_stop = params.include_stop_str_in_output
+        self._stop = params.stop if params else ()
+        self._include_stop = params is not None and params.include_stop_str_in_output
         self._all = ""
         self.text = ""
 

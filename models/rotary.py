@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+import pallas_kernels
+
 from .config import LlamaConfig
 
 
@@ -26,6 +28,4 @@ class Rotary(NamedTuple):
 
 def rotate(x: Float[Array, "*B heads H"], rotary: Rotary) -> Float[Array, "*B heads H"]:
     """Each head's pairs of dimensions turned by their angle, in float32."""
-    cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return pallas_kernels.rotate(x, rotary.cos, rotary.sin)

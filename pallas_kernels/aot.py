@@ -30,9 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from .gpu import GPUS, Gpu
-from .sass import Sass
+from .sass import TMA_LOADS, TMA_STORES, Sass
 
 # ptxas: setmaxnreg ignored (C7504), wgmma serialized (C7510 and on). Only this one says that nothing was lost.
 HARMLESS_NOTES = ("C7519",)  # a fence was put in before wgmma that takes registers
@@ -69,11 +70,11 @@ class Kernel:
 
     @property
     def tma_loads(self) -> int:
-        return self.sass.count("UTMALDG")
+        return self.sass.count(*TMA_LOADS)
 
     @property
     def tma_stores(self) -> int:
-        return self.sass.count("UTMASTG")
+        return self.sass.count(*TMA_STORES)
 
     def faults(self, pending: int = 0) -> list[str]:
         """What makes the kernel slow or wrong, a line each: spills, ptxas' notes, and the order of its waits.
@@ -91,7 +92,7 @@ class Kernel:
         return (
             f"{self.name}: {self.registers} registers (limits {limits}), {self.stack} B stack, {self.spill_stores} B "
             f"spill stores, {self.spill_loads} B spill loads, {self.shared_memory} B shared memory, {self.warpgroups} "
-            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} UTMALDG, {self.tma_stores} UTMASTG"
+            f"warpgroups, {self.hgmma} HGMMA, {self.tma_loads} TMA loads, {self.tma_stores} TMA stores"
         )
 
 
@@ -146,8 +147,7 @@ def mesh(
     >>> mesh("h100", (8,), ("tensor",)).size
     8
     """
-    if gpu not in GPUS:
-        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    target = _named(gpu)
     # The plugin would look for all of CUDA's libraries, of which the compiler needs none. Read when it is loaded.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
@@ -155,7 +155,7 @@ def mesh(
             platform="cuda",
             topology_name=gpu,
             topology=f"1x{math.prod(shape)}x1",
-            target_config=GPUS[gpu].target_config,
+            target_config=target.target_config,
         )
     except NotImplementedError:
         raise RuntimeError(
@@ -175,9 +175,12 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
       gpu: "h100", "h200" or "b200".
       devices: several of them, made by `mesh`; in force (`jax.set_mesh`) while the function is traced.
 
-    Raises what tracing and compiling raise, and what `mesh` does.
+    Raises ValueError where `devices` are not that GPU, what `mesh` raises, and what tracing and compiling raise.
     """
     devices = mesh(gpu) if devices is None else devices
+    expected, kind = _named(gpu).device_kind, devices.devices.flat[0].device_kind
+    if kind != expected:
+        raise ValueError(f"devices: expected {expected}, got {kind}")
     replicated = jax.sharding.NamedSharding(devices, jax.P())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -186,26 +189,49 @@ def compile(function: Any, *args: Any, gpu: str = "h100", devices: jax.sharding.
 
     function = function if hasattr(function, "trace") else jax.jit(function)
     args = jax.tree.map(placed, args)
-    with jax.set_mesh(devices), _uncached(), _dumped() as folder:
-        compiled = function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    with jax.set_mesh(devices):
+        lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+    with _uncached(), _dumped() as folder:
+        compiled = lowered.compile()
         text = compiled.as_text()
-        # XLA names each of our kernels by the module it came from, and its dumps carry that name.
-        modules = dict.fromkeys(re.findall(r"mosaic_gpu\.dump_basename\\00(\w+)\\00", text))
-        kernels = tuple(_read_kernel(folder, module) for module in modules)
-    if len(modules) < ("mosaic_gpu" in text):
-        raise RuntimeError("expected the names of the kernels in the compiled program, found none")
+        dumped = [_read_kernel(folder, path.stem) for path in sorted(folder.glob("*.ptxas"), key=_number)]
+    hashes = dict.fromkeys(re.findall(r'kernel_hash = "((?:[^"\\]|\\.)*)"', text))
+    new = [name for name in hashes if name not in _COMPILED]
+    if len(dumped) != len(new):
+        raise RuntimeError(
+            f"expected to read of {len(new)} kernels compiled, found {[kernel.name for kernel in dumped]}"
+        )
+    _COMPILED.update(zip(new, dumped, strict=True))
+    kernels = tuple(_COMPILED[name] for name in hashes)
     return Report(GPUS[gpu], kernels, text, compiled.memory_analysis())
+
+
+def _named(gpu: str) -> Gpu:
+    if gpu not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
+    return GPUS[gpu]
+
+
+# By the hash that names a kernel in a program: from jax 0.12 on, the compiler does not compile one again.
+_COMPILED: dict[str, Kernel] = {}
+
+
+def _number(path: Path) -> int:
+    """Of a dump, counted in the order of compilation."""
+    return int(path.stem.rpartition("_")[2])
 
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Compiles for certain: a program from JAX's cache on disk says nothing of its kernels."""
+    """Leaves JAX's cache on disk alone: a program from there says nothing of its kernels, and cannot be loaded."""
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # which asks the setting once and remembers
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextmanager
@@ -258,10 +284,11 @@ def _read_kernel(folder: Path, module: str) -> Kernel:
     spills = _search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stack, spill_stores, spill_loads = map(int, spills)
     notes = tuple(line.partition(":")[2].strip() for line in log.splitlines() if re.search(r"\(C\d+\)", line))
-    # The last form of the host's code: launch(stream, grid, cluster, block, bytes of shared memory, ...).
+    # The last form of the host's code. What it calls, by jax 0.11 or 0.12, takes stream, grid, cluster, block, bytes of
+    # shared memory, and more.
     host = passes[passes.rfind("IR Dump") :]
     constants = dict(re.findall(r"(%\w+) = llvm\.mlir\.constant\((\d+) : i(?:32|64)\)", host))
-    launch = _search(r"llvm\.call @mosaic_gpu_launch_kernel\(([^)]*)\)", host)[0].split(", ")
+    launch = _search(r"llvm\.call @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(([^)]*)\)", host)[0].split(", ")
     numbers = [_constant(value, host, constants) for value in launch[1:11]]
     return Kernel(
         name=re.sub(r"_\d+$", "", module),

@@ -19,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 from .attention_spec import AttentionOperands, AttentionSpec
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
     backend: ModuleType, spec: AttentionSpec, query: Array, key: Array, value: Array, operands: AttentionOperands
 ) -> tuple[Array, Array]:
@@ -28,6 +27,28 @@ def attend(
     Both are named ("flash_attention_out", "flash_attention_lse") for the policies of `jax.checkpoint`: where these
     two are saved, backward runs no forward again.
     """
+    return _attend(backend, spec, *_varying_alike((query, key, value, operands)))
+
+
+def _varying_alike(arrays: Any) -> Any:
+    """Inside `shard_map`, all of them varying over the axes of the mesh that any varies over, as one kernel's must."""
+    axes = frozenset[str]().union(*(_axes_of(x) for x in jax.tree.leaves(arrays)))
+
+    def vary(x: Array) -> Array:
+        missing = axes - _axes_of(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
+
+
+def _axes_of(x: Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    backend: ModuleType, spec: AttentionSpec, query: Array, key: Array, value: Array, operands: AttentionOperands
+) -> tuple[Array, Array]:
     return _forward(backend, spec)(query, key, value, operands)
 
 
@@ -53,7 +74,7 @@ def _attend_backward(
     return dquery, dkey, dvalue, replace(jax.tree.map(lambda _: None, operands), bias=dbias)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 @cache

@@ -18,7 +18,7 @@ def copy_blocks(cache: KVCache, pairs: Int32[Ids, "n 2"], *, implementation: Imp
     One block may be the source of several pairs. Destinations are unique, and none is also a source: the copies
     happen in no order. A pair with an id outside of the cache, such as the padding (-1, -1), copies nothing; -1 never
     stands for the last block. In place when the cache is donated to the enclosing `jax.jit`; where it is sharded over
-    its kv heads, call this inside `jax.shard_map`, with the same pairs for all.
+    its kv heads, call this inside `jax.shard_map`, with the same pairs for all; outside of it, XLA serves.
 
     `implementation` is "mosaic" (Hopper GPUs, one launch), "xla" (anywhere), or None for the first that can serve.
 

@@ -1,11 +1,14 @@
 """Which device a computation is for, and whether the Hopper kernels run there."""
 
+import math
 import re
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+
+from .kv_cache import KVCache
 
 Implementation = Literal["mosaic", "xla"]
 
@@ -26,8 +29,17 @@ def lacks_mosaic() -> str | None:
     return f"its kernels are for Hopper GPUs (H100, H200), and this is {kind}"
 
 
-def mosaic_module(operation: str, implementation: Implementation | None, *arguments: Any) -> ModuleType | None:
-    """The module of an operation's Hopper kernel where that is to serve these arguments; None where XLA is.
+def lacks_own_shard(array: jax.Array) -> str | None:
+    """Why a kernel cannot take an array that XLA lays out over several devices, or None. XLA cannot divide a kernel: it
+    would gather the whole array on each device."""
+    mesh = jax.typeof(array).sharding.mesh
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    devices = math.prod(size for size, kind in axes if kind != jax.sharding.AxisType.Manual)
+    return f"its array is spread over {devices} devices: call it inside jax.shard_map" if devices > 1 else None
+
+
+def mosaic_module(operation: str, implementation: Implementation | None, cache: KVCache) -> ModuleType | None:
+    """The module of an operation's Hopper kernel where that is to serve this cache; None where XLA is.
 
     Raises ValueError for an unknown implementation, NotImplementedError where "mosaic" is asked for and cannot serve.
     """
@@ -35,11 +47,11 @@ def mosaic_module(operation: str, implementation: Implementation | None, *argume
         raise ValueError(f"{operation}: implementation must be 'mosaic', 'xla' or None, got {implementation!r}")
     if implementation == "xla":
         return None
-    reason, module = lacks_mosaic(), None
+    reason, module = lacks_mosaic() or lacks_own_shard(cache.keys), None
     if reason is None:
         # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
         module = import_module(f".{operation}_mosaic", __package__)
-        reason = module.unsupported(*arguments)
+        reason = module.unsupported(cache)
     if reason is None:
         return module
     if implementation == "mosaic":

@@ -268,21 +268,23 @@ class _Block:
         """Scores with -inf where a mask hides the key."""
         visits, spec, checks = self.launch.visits, self.launch.spec, []
         # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the side
-        # of the row, of which a thread has two, each comparison is with a constant.
+        # of the limit, of which a thread has one or two, each comparison is with a constant.
         column = positions(s.shape, 1)
-        lane = column & 6
-        column = column & ~6
+        lane, column = column & 6, column & ~6
         first = lax.optimization_barrier(tile * self.config.keys)
-        if (spec.lower, spec.upper) != (None, None):
-            row = positions(s.shape, 0) - lane
-            if spec.upper is not None:
-                checks.append(column <= row + (self.start - first + spec.upper))
-            if spec.lower is not None:
-                checks.append(column >= row + (self.start - first + spec.lower))
+        limits = []
         if "key_lengths" in self.refs:
-            checks.append(column + lane < self.refs["key_lengths"][self.b] - first)
+            limits.append(self.refs["key_lengths"][self.b] - 1 - first - lane)
         elif visits.step.length % self.config.keys:
-            checks.append(column + lane < visits.step.length - first)
+            limits.append(visits.step.length - 1 - first - lane)
+        if (spec.lower, spec.upper) != (None, None):
+            row = positions(s.shape, 0) - lane + (self.start - first)
+            if spec.upper is not None:
+                limits.append(row + spec.upper)
+            if spec.lower is not None:
+                checks.append(column >= row + spec.lower)
+        if limits:
+            checks.append(column <= functools.reduce(jnp.minimum, limits))
         if "segments" in held:
             place = (self.b, pl.ds(first, self.config.keys))
             of_keys = plgpu.load(self.refs["k_segments"].at[place], layout=WGMMA.reduce(0), optimized=False)
@@ -362,5 +364,6 @@ def _run(
         thread_name="warpgroup",
         scratch_types=[launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="flash_forward",
     )(*inputs.values(), *tables)
     return out, lse[:, :, :T]

@@ -74,17 +74,19 @@ class BackwardConfig:
     launches: tuple[tuple[tuple[Gradient, ...], TileConfig], ...]
 
 
-def default_config(head_dim: int) -> BackwardConfig:
-    """What compiles for a Hopper GPU without spills, by the head dim padded to a multiple of 64.
+def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> BackwardConfig:
+    """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
-    Two accumulators of 64 x 192 do not fit beside the scores: there dK and dV are launches of their own.
+    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
+    together do, do not fit: there dK and dV are launches of their own.
     """
     tiles = TileConfig()
-    if head_dim <= 128:
+    crowded = spec.soft_cap is not None or (spec.dropout_rate > 0.0 and operands.query_segments is not None)
+    if head_dim <= 64 or (head_dim <= 128 and not crowded):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
-    if head_dim == 192:
+    if head_dim <= 192:
         return BackwardConfig(((("dk",), tiles), (("dv",), tiles), (("dq",), tiles)))
-    single = TileConfig(stages=1)
+    single = TileConfig(stages=1, warpgroups=1 if spec.dropout_rate > 0.0 else 2)
     return BackwardConfig(((("dk",), single), (("dv",), tiles), (("dq",), single)))
 
 
@@ -113,7 +115,7 @@ def backward(
     H = query.shape[-1]
     padding = ((0, 0), (0, 0), (0, 0), (0, -H % PANEL))
     query, key, value, dout = (x if H % PANEL == 0 else jnp.pad(x, padding) for x in (query, key, value, dout))
-    launches = (config or default_config(query.shape[-1])).launches
+    launches = (config or default_config(query.shape[-1], operands, spec)).launches
     gradients = {}
     for wanted, tiles in launches:
         results = _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta)
@@ -449,6 +451,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
         thread_name="warpgroup",
         scratch_types=[launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="_".join(("flash_backward", *wanted)),
     )(*inputs.values(), *tables)
 
 

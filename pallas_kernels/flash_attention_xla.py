@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .attention_spec import AttentionOperands, AttentionSpec
-from .xla_tiling import Tiling
+from .xla_tiling import Tiles, Tiling
 
 # Where the running maximum starts: finite, so that exp(-inf - start) of a row that has seen nothing is 0 and not NaN.
 LEAST = -1e30
@@ -37,25 +37,26 @@ def forward(
     if query.size == 0 or key.size == 0:
         return jnp.zeros_like(query), jnp.full((B, N, T), -jnp.inf, jnp.float32)
     tiling = Tiling.of(query, key, operands, spec)
-    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+    lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
     def attend(chunk: Array, k: Array, v: Array, number: Array, q: Array) -> tuple[Array, Array]:
         step = tiling.step(chunk, number)
 
-        def visit(tile: Array, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
+        def visit(tiles: Tiles, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
             m, total, acc = state
-            x, factor, _ = step.logits(tile, _scores(q, k[tile]).reshape(lanes, *tiling.tile), partial)
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k, -1)).reshape(lanes, rows, -1)
+            x, factor, _ = step.logits(tiles, scores, partial)
             m_new = jnp.maximum(m, x.max(-1) * factor)
             alpha = jnp.exp(m - m_new)
             p = jnp.exp(x * factor - m_new[..., None])
             total = total * alpha + p.sum(-1)
             if operands.dropout_seeds is not None:
-                p = jnp.where(step.kept(tile), p, 0.0)
+                p = jnp.where(step.kept(tiles), p, 0.0)
             p = p.reshape(*q.shape[:-1], -1)
-            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, v[tile])
+            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, tiles.take(v, 1))
 
         acc = jnp.zeros_like(q, jnp.float32)
-        total = acc[..., 0].reshape(lanes, -1)
+        total = acc[..., 0].reshape(lanes, rows)
         m, total, acc = step.sweep(visit, (jnp.full_like(total, LEAST), total, acc))
         safe = jnp.where(total > 0, total, 1.0)
         lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
@@ -66,7 +67,9 @@ def forward(
         return lax.map(lambda row: attend(number, k, v, *row), (tiling.steps, q))
 
     q, k, v = _signed(query, spec), _working(key), _working(value)
-    out, lse = lax.map(attend_all, (tiling.chunks, tiling.split_rows(q), tiling.split_keys(k), tiling.split_keys(v)))
+    out, lse = lax.map(
+        attend_all, (tiling.chunks, tiling.split_rows(q), _transposed(tiling.split_keys(k)), tiling.split_keys(v))
+    )
     out, lse = tiling.join_rows(out), jnp.swapaxes(tiling.join_rows(lse), 1, 2)
     if operands.query_lengths is not None:  # the rows past them stood in tiles with rows before them
         counts = jnp.arange(T)[None] < operands.query_lengths[:, None]
@@ -91,53 +94,57 @@ def backward(
         dbias = None if bias is None else jnp.zeros_like(bias)
         return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value), dbias
     tiling = Tiling.of(query, key, operands, spec)
-    lanes, kept = tiling.config.lanes, 1.0 - spec.dropout_rate
+    lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
-    def pull_back(chunk: Array, k: Array, v: Array, sums: Any, row: tuple[Array, ...]) -> tuple[Any, Array]:
+    def pull_back(
+        chunk: Array, k: Array, k_transposed: Array, v_transposed: Array, sums: Any, row: tuple[Array, ...]
+    ) -> tuple[Any, Array]:
         number, q, do, lse, delta = row
         step = tiling.step(chunk, number)
-        # Where rows are summed over, matmuls are faster with the smaller operand on the left and rows last.
-        q_transposed, do_transposed = jnp.swapaxes(q, 1, 2), jnp.swapaxes(do, 1, 2)
-        lse, delta = (x.reshape(lanes, -1, 1) for x in (lse, delta))
+        q_transposed, do_transposed = _transposed(q), _transposed(do)
+        lse, delta = (x.reshape(lanes, rows, 1) for x in (lse, delta))
 
-        def visit(tile: Array, state: Any, partial: bool) -> Any:
+        def visit(tiles: Tiles, state: Any, partial: bool) -> Any:
             dq, dk, dv, dbias = state
-            x, factor, slope = step.logits(tile, _scores(q, k[tile]).reshape(lanes, *tiling.tile), partial)
+            scores = _multiply("lrh,lhs->lrs", q, tiles.take(k_transposed, -1)).reshape(lanes, rows, -1)
+            x, factor, slope = step.logits(tiles, scores, partial)
             p = p_kept = jnp.exp(x * factor - lse)
-            dp = _scores(do, v[tile]).reshape(p.shape)
+            dp = _multiply("lrh,lhs->lrs", do, tiles.take(v_transposed, -1)).reshape(lanes, rows, -1)
             if operands.dropout_seeds is not None:
-                keeps = step.kept(tile)
+                keeps = step.kept(tiles)
                 p_kept, dp = jnp.where(keeps, p, 0.0), jnp.where(keeps, dp / kept, 0.0)
             ds = p * (dp - delta)
             if dbias is not None:
-                dbias = step.add_to(dbias, tile, ds)
+                dbias = step.add_to(dbias, tiles, ds)
             if slope is not None:
                 ds = ds * slope
             p_kept, ds = (x.reshape(*q.shape[:-1], -1) for x in (p_kept, ds))
-            dv = dv.at[tile].set(dv[tile] + _multiply("lhr,lrs->lhs", do_transposed, p_kept))
-            dk = dk.at[tile].set(dk[tile] + _multiply("lhr,lrs->lhs", q_transposed, ds))
-            return dq + _multiply("lrs,lsh->lrh", ds, k[tile]), dk, dv, dbias
+            dv = tiles.add_to(dv, _multiply("lhr,lrs->lhs", do_transposed, p_kept), -1)
+            dk = tiles.add_to(dk, _multiply("lhr,lrs->lhs", q_transposed, ds), -1)
+            return dq + _multiply("lrs,lsh->lrh", ds, tiles.take(k, 1)), dk, dv, dbias
 
         dq, *sums = step.sweep(visit, (jnp.zeros_like(q, jnp.float32), *sums))
         return tuple(sums), (dq * spec.scale).astype(query.dtype)
 
     def pull_back_all(dbias: Array | None, chunk: tuple[Array, ...]) -> tuple[Array | None, tuple[Array, ...]]:
-        number, k, v, *rows = chunk
-        zeros = jnp.zeros_like(jnp.swapaxes(k, 2, 3), jnp.float32)
+        number, k, k_transposed, v_transposed, *of_rows = chunk
+        zeros = jnp.zeros_like(k_transposed, jnp.float32)
         (dk, dv, dbias), dq = lax.scan(
-            lambda sums, row: pull_back(number, k, v, sums, row), (zeros, zeros, dbias), (tiling.steps, *rows)
+            lambda sums, row: pull_back(number, k, k_transposed, v_transposed, sums, row),
+            (zeros, zeros, dbias),
+            (tiling.steps, *of_rows),
         )
-        dk, dv = (jnp.swapaxes(x, 2, 3) for x in (dk * (abs(spec.scale) or 1.0), dv / kept))
+        dk, dv = _transposed(dk * (abs(spec.scale) or 1.0)), _transposed(dv / kept)
         return dbias, (dq, dk.astype(key.dtype), dv.astype(value.dtype))
 
-    q, k, v, do = _signed(query, spec), _working(key), _working(value), _working(dout)
-    rows = (
+    q, k, v, do = _signed(query, spec), tiling.split_keys(_working(key)), _working(value), _working(dout)
+    of_rows = (
         tiling.split_rows(q),
         tiling.split_rows(do),
         tiling.split_rows(jnp.swapaxes(lse, 1, 2), fill=jnp.inf),
         tiling.split_rows(jnp.swapaxes(delta, 1, 2)),
     )
-    chunks = tiling.chunks, tiling.split_keys(k), tiling.split_keys(v), *rows
+    chunks = tiling.chunks, k, _transposed(k), _transposed(tiling.split_keys(v)), *of_rows
     dbias = None if tiling.operands.bias is None else jnp.zeros_like(tiling.operands.bias, jnp.float32)
     dbias, (dq, dk, dv) = lax.scan(pull_back_all, dbias, chunks)
     if bias is not None and dbias is not None:
@@ -156,8 +163,9 @@ def _signed(query: Array, spec: AttentionSpec) -> Array:
     return _working(query) if sign == 1 else _working(query) * jnp.asarray(sign, _working(query).dtype)
 
 
-def _scores(rows: Float[Array, "L r H"], keys: Float[Array, "L s H"]) -> Float[Array, "L r s"]:
-    return _multiply("lrh,lsh->lrs", rows, keys)
+def _transposed(x: Array) -> Array:
+    """For matmuls, which are fastest where the left contracts its last axis and the right the one before."""
+    return jnp.swapaxes(x, -2, -1)
 
 
 def _multiply(equation: str, a: Array, b: Array) -> Array:

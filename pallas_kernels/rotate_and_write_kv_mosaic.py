@@ -25,6 +25,8 @@ def rotate_and_write_kv(
     cache: KVCache, slots: Array, layer: Array, query: Array, key: Array, value: Array, cos: Array, sin: Array
 ) -> tuple[Array, KVCache]:
     T, N, H = query.shape
+    if not T:
+        return query, cache
     K, half, dtype = key.shape[1], H // 2, query.dtype
 
     def kernel(

@@ -14,6 +14,9 @@ _INSTRUCTION = re.compile(
 )
 _LABEL = re.compile(r"^(\.L\w+|\$?[\w$]+):\s*$")
 _TARGET = re.compile(r"`\((\.?[\w$]+)\)")
+ARRIVAL = "SYNCS.ARRIVE.TRANS64.A1T0"  # mbarrier.arrive; without A1T0 it announces bytes that TMA will bring
+TMA_LOADS = ("UTMALDG", "UBLKCP.S.G")  # of tensors, and of bytes in a row
+TMA_STORES = ("UTMASTG", "UTMAREDG", "UBLKCP.G.S")
 MOST_PENDING = 64  # more groups than a loop without waits needs to be found out
 
 
@@ -30,6 +33,10 @@ class Instruction:
     def base(self) -> str:
         """The opcode without modifiers."""
         return self.opcode.partition(".")[0]
+
+    def is_a(self, *names: str) -> bool:
+        """Whether the opcode is one of these, but for modifiers that follow."""
+        return any(f"{self.opcode}.".startswith(f"{name}.") for name in names)
 
     @property
     def target(self) -> str | None:
@@ -78,8 +85,8 @@ class Sass:
         return self._labelled[0]
 
     def count(self, *names: str) -> int:
-        """How many instructions have one of these opcodes, modifiers aside."""
-        return sum(instruction.base in names for instruction in self.instructions)
+        """How many instructions have one of these opcodes, which may leave out modifiers at the end."""
+        return sum(instruction.is_a(*names) for instruction in self.instructions)
 
     @property
     def registers(self) -> int:
@@ -163,7 +170,7 @@ class Sass:
         Where a warpgroup frees the slot that it has multiplied from, the slot's groups must have finished. As groups
         finish in order, only those issued after them may be pending.
         """
-        return [(at, state.pending) for at, state in self._states() if at.opcode.startswith(ARRIVAL)]
+        return [(at, state.pending) for at, state in self._states() if at.is_a(ARRIVAL)]
 
     def findings(self, pending: int = 0) -> list[str]:
         """What is wrong with the order of waits, a line each; none where all is right.
@@ -177,7 +184,7 @@ class Sass:
             if count > pending
         ]
         for at, state in self._states():
-            if at.base in TMA_STORES and state.unfenced:
+            if at.is_a(*TMA_STORES) and state.unfenced:
                 found.append(f"no fence between a write to shared memory and its TMA store: {at}")
             if at.base == "EXIT" and state.storing:
                 found.append(f"no wait between a TMA store and the end: {at}")
@@ -203,10 +210,6 @@ class Sass:
                 states.append((instruction, state))
                 state = state.after(instruction)
         return states
-
-
-ARRIVAL = "SYNCS.ARRIVE.TRANS64.A1T0"  # mbarrier.arrive; without A1T0 it announces bytes that TMA will bring
-TMA_STORES = ("UTMASTG", "UTMAREDG", "UBLKCP")
 
 
 @dataclass(frozen=True)
@@ -242,11 +245,11 @@ class State:
             return replace(self, open=False, committed=min(self.committed + 1, MOST_PENDING))
         if instruction.base in ("STS", "STSM"):
             return replace(self, unfenced=True)
-        if instruction.base in TMA_STORES:
+        if instruction.is_a(*TMA_STORES):
             return replace(self, storing=True)
-        if certain and instruction.opcode.startswith("WARPGROUP.DEPBAR"):
+        if certain and instruction.is_a("WARPGROUP.DEPBAR"):
             return replace(self, committed=min(self.committed, int(operands.split(",")[-1], 16)))
-        if certain and instruction.opcode.startswith("FENCE.VIEW.ASYNC"):
+        if certain and instruction.is_a("FENCE.VIEW.ASYNC"):
             return replace(self, unfenced=False)
         if certain and instruction.base == "DEPBAR" and re.match(r"SB0, 0x0\b", operands):
             return replace(self, storing=False)
@@ -262,7 +265,7 @@ class Loop:
     numbers: frozenset[int]
 
     def count(self, *names: str) -> int:
-        return sum(i.base in names for n in self.numbers for i in self.sass.blocks[n].instructions)
+        return sum(i.is_a(*names) for n in self.numbers for i in self.sass.blocks[n].instructions)
 
     def shortest(self) -> list[Instruction]:
         """The instructions of one round, on the shortest of the ways with the most wgmma: a tile without masks."""

@@ -24,7 +24,7 @@ def write_kv(
 
     Slots outside the cache write nothing either, and -1 never stands for the last slot. In place when the cache is
     donated to the enclosing `jax.jit` (or carried through its loop); where it is sharded over its kv heads, call this
-    inside `jax.shard_map`, with the same batch for all.
+    inside `jax.shard_map`, with the same batch for all; outside of it, XLA serves.
 
     `implementation` is "mosaic" (Hopper GPUs, one launch), "xla" (anywhere), or None for the first that can serve.
 

@@ -28,6 +28,8 @@ def unsupported(cache: KVCache) -> str | None:
 
 def write_kv(cache: KVCache, slots: Array, layer: Array, key: Array, value: Array) -> KVCache:
     T = slots.shape[0]
+    if not T:
+        return cache
     width = cache.num_kv_heads * cache.head_dim  # of all heads of a token, which are contiguous
     count = min(MOST_TOKENS, max(1, TILE_BYTES // (width * cache.keys.dtype.itemsize)))
 

@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,16 +18,19 @@ from .tiles import TileList, TileRange, block_tiles, list_tiles, segment_tiles, 
 Scalar = Int32[Array, ""]
 
 TILE = 512
+LEAST_TILE = 128
 SCORES = 2**20  # at once: enough for large matmuls, few enough for the caches
 
 
 @dataclass(frozen=True)
 class XlaConfig:
-    """Rows and keys of a tile, and how many lanes, pairs of a sequence and a query head, a step takes at once."""
+    """Rows and keys of a tile, how many lanes, pairs of a sequence and a query head, a step takes at once, and how many
+    tiles of keys that need no mask it visits at once, wherever they lie."""
 
     rows: int
     keys: int
     lanes: int
+    span: int = 1
 
 
 def default_config(query: Array, key: Array, operands: AttentionOperands) -> XlaConfig:
@@ -36,21 +39,22 @@ def default_config(query: Array, key: Array, operands: AttentionOperands) -> Xla
     block_mask = operands.block_mask
     rows = _part(T, None if block_mask is None else block_mask.block_q)
     keys = _part(S, None if block_mask is None else block_mask.block_kv)
+    span = 1 if block_mask is None else max(min(TILE // keys, -(-S // keys)), 1)
     # The lanes of a step visit the same tiles, and have bias and mask from one sequence.
     of_batch = (operands.bias, operands.mask, operands.query_lengths, operands.key_lengths, operands.query_segments)
     together = B * N if all(x is None for x in of_batch) else N
     if block_mask is not None and block_mask.mask.ndim == 3:
         together = 1
     group = N // K
-    most = min(SCORES // (rows * keys), together)
+    most = min(SCORES // (rows * keys * span), together)
     fits = (n for n in range(most, 1, -1) if together % n == 0 and (n % group == 0 or group % n == 0))
-    return XlaConfig(rows, keys, next(fits, 1))
+    return XlaConfig(rows, keys, next(fits, 1), span)
 
 
 def _part(length: int, block: int | None) -> int:
-    """Of a length, few equal parts; of blocks, several, or equal parts of one where they are large."""
+    """Of a length, few equal parts; of blocks, one, equal parts of a large one, or several small ones."""
     if block is not None and block < length:
-        return block * (TILE // block) if block <= TILE else -(-block // -(-block // TILE))
+        return -(-block // -(-block // TILE)) if block >= LEAST_TILE else block * (LEAST_TILE // block)
     if length <= TILE:
         return length
     part = -(-length // -(-length // TILE))
@@ -96,10 +100,6 @@ class Tiling:
     def group(self) -> int:
         """Query heads of a kv head."""
         return self.shape[2] // self.shape[4]
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return self.config.rows, self.config.keys
 
     @property
     def kv_lanes(self) -> int:
@@ -167,6 +167,7 @@ class Tiling:
         start, full_start, full_stop, stop = self.band(np.arange(self.row_tiles))
         whole = full_stop - full_start
         hidden = self.operands.key_lengths is not None or self.operands.query_segments is not None or self.cuts_blocks
+        hidden |= self.config.span > 1  # of the tiles that need no mask, some may be left over
         return bool(np.any(whole > 0)), hidden or bool(np.any(stop - start > whole))
 
     @property
@@ -174,6 +175,22 @@ class Tiling:
         """Whether a tile may hold blocks that are kept and blocks that are not."""
         blocks = self.operands.block_mask
         return blocks is not None and bool(blocks.block_q % self.config.rows or blocks.block_kv % self.config.keys)
+
+
+class Tiles(NamedTuple):
+    """Tiles of keys that are visited at once, by their numbers."""
+
+    numbers: list[Scalar]
+
+    def take(self, x: Float[Array, "tiles *rest"], axis: int) -> Float[Array, "..."]:
+        """Of an array of tiles, these, side by side."""
+        return jnp.concatenate([x[number] for number in self.numbers], axis)
+
+    def add_to(self, x: Float[Array, "tiles *rest"], part: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        """An array of tiles with `part` added to these, the inverse of `take`."""
+        for number, one in zip(self.numbers, jnp.split(part, len(self.numbers), axis), strict=True):
+            x = lax.dynamic_update_index_in_dim(x, x[number] + one, number, 0)
+        return x
 
 
 class Step:
@@ -192,9 +209,10 @@ class Step:
             row = (row_tile * self._rows + jnp.arange(self._rows, dtype=jnp.int32)).astype(jnp.uint32)
             self._row_keys = dropout.row_keys(seed[:, :1], seed[:, 1:], head[:, None], row[None])
 
-    def sweep(self, visit: Callable[[Scalar, Any, bool], Any], state: Any) -> Any:
-        """The last of `state = visit(tile, state, partial)`: first the tiles that need no mask, then those that do."""
-        visits = self._tiling.visits
+    def sweep(self, visit: Callable[["Tiles", Any, bool], Any], state: Any) -> Any:
+        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, several at
+        once, then those left over and those that need one, one by one."""
+        visits, span = self._tiling.visits, self._tiling.config.span
         if visits is None:
             start, full_start, full_stop, stop = self._tiling.band(self._row_tile)
             whole, count = full_stop - full_start, stop - start
@@ -211,14 +229,21 @@ class Step:
                 return order[index]
 
         may_be_whole, may_be_partial = self._tiling.may_be
+        groups = lax.div(whole, jnp.full_like(whole, span))
+
+        def visit_group(group: Scalar, state: Any) -> Any:
+            return visit(Tiles([tile_at(group * span + i) for i in range(span)]), state, False)
+
         if may_be_whole:
-            state = lax.fori_loop(jnp.int32(0), whole, lambda i, state: visit(tile_at(i), state, False), state)
+            state = lax.fori_loop(jnp.int32(0), groups, visit_group, state)
         if may_be_partial:
-            state = lax.fori_loop(whole, count, lambda i, state: visit(tile_at(i), state, True), state)
+            state = lax.fori_loop(
+                groups * span, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
+            )
         return state
 
     def logits(
-        self, tile: Scalar, scores: Float[Array, "L rows keys"], partial: bool
+        self, tiles: "Tiles", scores: Float[Array, "L rows keys"], partial: bool
     ) -> tuple[Float[Array, "L rows keys"], float, Float[Array, "L rows keys"] | None]:
         """x, factor and slope: the logits are x * factor, -inf where hidden, and their derivative is scale * slope."""
         operands, spec = self._tiling.operands, self._tiling.spec
@@ -227,10 +252,10 @@ class Step:
             x, factor = jnp.tanh(x * (factor / spec.soft_cap)), spec.soft_cap
             slope = 1 - x * x
         if operands.bias is not None:
-            x, factor = x * factor + self._tile_of(operands.bias, tile).astype(jnp.float32), 1.0
-        checks = self._checks(tile) if partial else []
+            x, factor = x * factor + self._tile_of(operands.bias, tiles).astype(jnp.float32), 1.0
+        checks = self._checks(*tiles.numbers) if partial else []
         if operands.mask is not None:
-            checks.append(self._tile_of(operands.mask, tile))
+            checks.append(self._tile_of(operands.mask, tiles))
         if checks:
             x = jnp.where(functools.reduce(operator.and_, checks), x, -jnp.inf)
         return x, factor, slope
@@ -263,22 +288,26 @@ class Step:
             checks.append(mask[of_row[0, :, 0]][:, of_column[0, 0]][None])
         return checks
 
-    def kept(self, tile: Scalar) -> Bool[Array, "L rows keys"]:
+    def kept(self, tiles: "Tiles") -> Bool[Array, "L rows keys"]:
         """What dropout keeps."""
-        column = (tile * self._keys + jnp.arange(self._keys, dtype=jnp.int32)).astype(jnp.uint32)
+        of_tile = jnp.arange(self._keys, dtype=jnp.int32)
+        column = jnp.concatenate([tile * self._keys + of_tile for tile in tiles.numbers]).astype(jnp.uint32)
         key1, key2 = self._row_keys
         return dropout.keep(key1[..., None], key2[..., None], column[None, None], self._tiling.spec.dropout_rate)
 
-    def _tile_of(self, x: Float[Array, "#B #N #T S"] | Bool[Array, "#B #N #T S"], tile: Scalar) -> Array:
-        """The tile of bias or mask, [lanes|1, rows|1, keys]."""
-        return lax.dynamic_slice(x, self._place_in(x, tile), self._size_in(x))[0]
+    def _tile_of(self, x: Float[Array, "#B #N #T S"] | Bool[Array, "#B #N #T S"], tiles: "Tiles") -> Array:
+        """The tiles of bias or mask, [lanes|1, rows|1, keys]."""
+        size = self._size_in(x)
+        return jnp.concatenate([lax.dynamic_slice(x, self._place_in(x, tile), size) for tile in tiles.numbers], 3)[0]
 
-    def add_to(self, x: Float[Array, "#B #N #T S"], tile: Scalar, gradient: Float[Array, "L rows keys"]) -> Array:
-        """x, the gradient of bias, with that of one tile added."""
-        ones = tuple(axis - 1 for axis in (1, 2) if x.shape[axis] == 1)
-        place = self._place_in(x, tile)
-        old = lax.dynamic_slice(x, place, self._size_in(x))
-        return lax.dynamic_update_slice(x, old + gradient.sum(ones, keepdims=True)[None], place)
+    def add_to(self, x: Float[Array, "#B #N #T S"], tiles: "Tiles", gradient: Float[Array, "L rows keys"]) -> Array:
+        """x, the gradient of bias, with that of some tiles added."""
+        ones = tuple(axis for axis in (0, 1) if x.shape[axis + 1] == 1)
+        parts = jnp.split(gradient.sum(ones, keepdims=True)[None], len(tiles.numbers), 3)
+        for tile, part in zip(tiles.numbers, parts, strict=True):
+            place = self._place_in(x, tile)
+            x = lax.dynamic_update_slice(x, lax.dynamic_slice(x, place, self._size_in(x)) + part, place)
+        return x
 
     def _place_in(self, x: Array, tile: Scalar) -> tuple[Any, ...]:
         place = self._sequence, self._head, self._row_tile * self._rows

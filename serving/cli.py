@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from jpaged.beam_search_params import BeamSearchParams
 from jpaged.sampling_params import SamplingParams
 
 from . import options
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # these import JAX, which takes a second: commands that need 
     from .chat import Chat
 
 DEFAULT = SamplingParams()
+DEFAULT_BEAMS = BeamSearchParams()
 
 Model = Annotated[
     str, typer.Argument(help="A demo model's name, a GGUF file, a folder with safetensors, or a Hugging Face hub id.")
@@ -93,10 +96,15 @@ def generate(
     top_p: options.TopP = DEFAULT.top_p,
     top_k: options.TopK = DEFAULT.top_k,
     min_p: options.MinP = DEFAULT.min_p,
+    presence_penalty: options.PresencePenalty = DEFAULT.presence_penalty,
+    frequency_penalty: options.FrequencyPenalty = DEFAULT.frequency_penalty,
+    repetition_penalty: options.RepetitionPenalty = DEFAULT.repetition_penalty,
     seed: options.Seed = DEFAULT.seed,
     n: options.Samples = DEFAULT.n,
     stop: options.Stop = None,
     ignore_eos: options.IgnoreEos = DEFAULT.ignore_eos,
+    beam_width: options.BeamWidth = None,
+    length_penalty: options.LengthPenalty = DEFAULT_BEAMS.length_penalty,
     block_size: options.BlockSize = None,
     num_blocks: options.NumBlocks = None,
     max_num_seqs: options.MaxNumSeqs = None,
@@ -109,8 +117,8 @@ def generate(
     """Answer prompts, all in one batch.
 
     With --json, standard output has one line for each answer, in the order of the prompts, and nothing else: an
-    object with the keys prompt, prompt_token_ids, index (of the answer among the prompt's --n answers, from 0),
-    token_ids, text, finish_reason (stop, length or error), and error where there is one.
+    object with the keys prompt, prompt_token_ids, index (of the answer among the prompt's, from 0), token_ids, text,
+    finish_reason (stop, length or error), and error where there is one.
     """
     params = SamplingParams(
         n=n,
@@ -118,12 +126,19 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),
         ignore_eos=ignore_eos,
         max_tokens=max_tokens,
         min_tokens=min_tokens,
     )
+    if beam_width is not None:
+        if params != replace(DEFAULT, max_tokens=max_tokens):
+            raise ValueError("beam_width: expected no options of sampling beside it but max_tokens")
+        BeamSearchParams(beam_width=beam_width, length_penalty=length_penalty)  # checked before a model is loaded
     if prompt is None and prompt_file is not None:
         prompt = read_prompts(prompt_file)
     elif prompt is None or prompt_file is not None:
@@ -138,7 +153,10 @@ def generate(
         max_model_len=max_model_len,
         dtype=dtype,
     )
-    outputs = llm.generate(prompt, params, progress=progress)
+    if beam_width is None:
+        outputs = llm.generate(prompt, params, progress=progress)
+    else:
+        outputs = llm.beam_search(prompt, beam_width, max_tokens, length_penalty, progress=progress)
     for output in outputs:
         print_json(output) if as_json else print_text(output)
     errors = [f"prompts[{i}]: {output.error}" for i, output in enumerate(outputs) if output.error is not None]

@@ -28,7 +28,9 @@ class Result:
 
     @property
     def faults(self) -> list[str]:
-        return [self.error] if self.error or self.report is None else self.report.faults(self.entry.pending)
+        if self.error is not None:
+            return [self.error]
+        return self.report.faults(self.entry.pending) if self.report else []
 
     @property
     def matmul_time(self) -> float:
@@ -67,10 +69,11 @@ def compile_entries(entries: Sequence[Entry], gpu: str, console: Console) -> Ite
     with console.status("") as status:
         for number, entry in enumerate(entries, 1):
             status.update(f"{entry.name} ({number} of {len(entries)})")
-            yield _compile(entry, gpu, mesh)
+            yield compile_entry(entry, gpu, mesh)
 
 
-def _compile(entry: Entry, gpu: str, mesh: jax.sharding.Mesh) -> Result:
+def compile_entry(entry: Entry, gpu: str, mesh: jax.sharding.Mesh) -> Result:
+    """Compiles it; whatever goes wrong becomes the result's error."""
     try:
         with jax.set_mesh(mesh):
             function, arguments = entry.build()
@@ -142,13 +145,13 @@ def loop_table(results: Sequence[Result], gpu: str) -> Table:
     for name in ("program", "kernel", "round"):
         table.add_column(name)
     counted = {"HGMMA": ("HGMMA",), "MUFU": ("MUFU",), "FMA": ("FFMA", "FMUL", "FADD"), "FMNMX": ("FMNMX",)}
-    for name in ("all", *counted, "tensor", "issue", "MUFU", "FMA", "ALU", "bound TFLOP/s"):
+    for name in ("all", *counted, "tensor", "shared", "issue", "MUFU", "FMA", "ALU", "bound TFLOP/s"):
         table.add_column(name, justify="right")
     for result in results:
         for kernel in result.report.kernels if result.report else ():
             for name, cost in inner_loops(kernel):
                 numbers = [cost.counts.total(), *(sum(cost.counts[op] for op in ops) for ops in counted.values())]
-                cycles = [round(cost.tensor), cost.issue, cost.special, cost.fma, cost.alu]
+                cycles = [round(cost.tensor), round(cost.shared), cost.issue, cost.special, cost.fma, cost.alu]
                 rate = cost.bound(kernel.warpgroups - 1) * GPUS[gpu].flops / 1e12
                 table.add_row(result.entry.name, kernel.name, name, *map(str, numbers + cycles), f"{rate:.0f}")
     return table
@@ -177,7 +180,7 @@ def _kernel_record(kernel: aot.Kernel) -> dict[str, Any]:
         {
             "round": name,
             "instructions": dict(cost.counts.most_common()),
-            "cycles": {n: getattr(cost, n) for n in ("tensor", "issue", "special", "fma", "alu")},
+            "cycles": {n: getattr(cost, n) for n in ("tensor", "shared", "issue", "special", "fma", "alu")},
             "bound": cost.bound(kernel.warpgroups - 1),
         }
         for name, cost in inner_loops(kernel)

@@ -15,11 +15,27 @@ TopK = Annotated[int, Option(help="Draw from so many likeliest tokens; 0 is off.
 MinP = Annotated[
     float, Option(help="Draw from tokens at least this likely, next to the likeliest.", rich_help_panel=_SAMPLING)
 ]
+PresencePenalty = Annotated[
+    float, Option(help="-2 to 2; above 0 against tokens that were generated before.", rich_help_panel=_SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float, Option(help="-2 to 2; the same, for each time they were generated.", rich_help_panel=_SAMPLING)
+]
+RepetitionPenalty = Annotated[
+    float, Option(help="Above 1 against tokens of prompt and answer.", rich_help_panel=_SAMPLING)
+]
 Seed = Annotated[int | None, Option(help="Draw the same again; none: the engine chooses.", rich_help_panel=_SAMPLING)]
 Samples = Annotated[int, Option("--n", help="Answers a prompt.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[list[str] | None, Option(help="Text that ends an answer; may be repeated.", rich_help_panel=_SAMPLING)]
 IgnoreEos = Annotated[
     bool, Option("--ignore-eos", help="Go on after the end-of-sequence token.", rich_help_panel=_SAMPLING)
+]
+BeamWidth = Annotated[
+    int | None,
+    Option(help="Search for so many likeliest answers instead of drawing them.", rich_help_panel="Beam search"),
+]
+LengthPenalty = Annotated[
+    float, Option(help="Above 0 long answers are the better, below 0 short ones.", rich_help_panel="Beam search")
 ]
 
 BlockSize = Annotated[int | None, Option(help="Tokens a block of the KV cache holds.", rich_help_panel=_ENGINE)]

@@ -29,7 +29,7 @@ def softmax_attention(arrays, dtype, *, scale=None, logits_soft_cap=None, **visi
     repeats = q.shape[2] // k.shape[2]
     k, v = np.repeat(k, repeats, axis=2), np.repeat(v, repeats, axis=2)
     scale = work(q.shape[-1] ** -0.5 if scale is None else scale)
-    logits = rounded(rounded(np.einsum("btnh,bsnh->bnts", q, k)) * scale)
+    logits = rounded(rounded(scores(q, k)) * scale)
     slope = np.ones_like(logits)
     if logits_soft_cap is not None:
         tanh = np.tanh(logits / work(logits_soft_cap))
@@ -43,8 +43,18 @@ def softmax_attention(arrays, dtype, *, scale=None, logits_soft_cap=None, **visi
     probs = rounded(weights / np.where(total == 0, 1, total))
     with np.errstate(divide="ignore"):
         residual = np.where(total == 0, -np.inf, highest + np.log(total))
-    out = rounded(np.einsum("bnts,bsnh->btnh", rounded(probs * arrays.get("dropout", 1)), v))
+    out = rounded(weighted(rounded(probs * arrays.get("dropout", 1)), v))
     return out, np.moveaxis(residual[..., 0], 1, 2), (q, k, v, scale, slope, probs, rounded)
+
+
+def scores(x, y):
+    """[B, T, N, H] and [B, S, N, H] to [B, N, T, S]; by BLAS, which sums in the order that matmuls have everywhere."""
+    return np.moveaxis(x, 1, 2) @ np.moveaxis(y, 1, 3)
+
+
+def weighted(weights, x):
+    """[B, N, T, S] and [B, S, N, H] to [B, T, N, H]."""
+    return np.moveaxis(weights.astype(x.dtype) @ np.moveaxis(x, 1, 2), 1, 2)
 
 
 def visible_keys(arrays, shape, *, is_causal=False, query_offset=0, local_window_size=None):
@@ -77,7 +87,7 @@ def gradients(arrays, d_out, d_residual, dtype, **options):
     work = q.dtype
     d_out, d_residual = d_out.astype(work), d_residual.astype(work)
     dropout = arrays.get("dropout", 1)
-    d_probs = rounded(np.einsum("btnh,bsnh->bnts", d_out, v) * dropout)
+    d_probs = rounded(scores(d_out, v) * dropout)
     rows = (probs * d_probs).sum(-1, keepdims=True) - np.moveaxis(d_residual, 2, 1)[..., None]
     d_bias = rounded(probs * (d_probs - rows))
     d_logits = rounded(d_bias * slope * scale)
@@ -87,9 +97,9 @@ def gradients(arrays, d_out, d_residual, dtype, **options):
         return x.reshape(*x.shape[:2], K, -1, x.shape[-1]).sum(3)
 
     found = {
-        "query": np.einsum("bnts,bsnh->btnh", d_logits, k),
-        "key": grouped(np.einsum("bnts,btnh->bsnh", d_logits, q)),
-        "value": grouped(np.einsum("bnts,btnh->bsnh", probs * dropout, d_out)),
+        "query": weighted(d_logits, k),
+        "key": grouped(weighted(np.swapaxes(d_logits, 2, 3), q)),
+        "value": grouped(weighted(np.swapaxes(probs * dropout, 2, 3), d_out)),
     }
     if "bias" in arrays:
         ones = tuple(axis for axis, size in enumerate(arrays["bias"].shape) if size == 1)

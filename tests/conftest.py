@@ -8,8 +8,8 @@ from jaxtyping import install_import_hook
 
 # Read when JAX starts its CPU client. The devices share one thread pool, so matmuls are as fast as with one.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-# Pallas' interpreter runs each warpgroup of a kernel as a thread of JAX's pool, and they wait for each other: with as few
-# threads as this machine may have cores, those that wait leave none for the one they wait for.
+# In the interpreter of Pallas each warpgroup of a kernel is a thread of JAX's pool, and they wait for each other: with
+# as few threads as this machine may have cores, those that wait leave none for the one they wait for.
 os.environ.setdefault("NPROC", "8")
 
 import jax

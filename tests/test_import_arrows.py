@@ -11,7 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("pallas_kernels", "models", "jpaged", "serving")  # from the ground up
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
-HOST_MODULES = tuple(f"jpaged.{name}" for name in ("scheduler", "block_manager", "sequence", "sampling_params"))
+HOST_MODULES = tuple(
+    f"jpaged.{name}"
+    for name in (
+        "scheduler",
+        "scheduler_output",
+        "step_draft",
+        "decode_batch",
+        "group_blocks",
+        "block_manager",
+        "block_pool",
+        "sequence",
+        "sampling_params",
+    )
+)
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,11 @@
 """The kernels that write and copy cache blocks, compiled for an H100: no spills, the cache in place, one launch."""
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from pallas_kernels import (
@@ -16,12 +14,11 @@ from pallas_kernels import (
     aot,
     copy_blocks,
     gather_blocks,
+    host_pool,
     rotate_and_write_kv,
     scatter_blocks,
     write_kv,
 )
-
-pytestmark = pytest.mark.aot
 
 LLAMA_3_8B = (32, 4096, 16, 8, 128)
 SHAPES = [
@@ -33,14 +30,6 @@ SHAPES = [
 ]
 DTYPES: list[Any] = [jnp.bfloat16, jnp.float16, jnp.float32]
 T, GROUP = 65, 4  # tokens, odd; query heads a kv head
-
-
-@pytest.fixture(autouse=True)
-def no_annotation_checks() -> Iterator[None]:
-    """For descriptions of arrays stand in their places."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def array(*shape, dtype: Any = jnp.bfloat16, sharding: Any = None) -> Any:
@@ -149,9 +138,37 @@ def test_eight_cards_each_work_on_their_own_heads(operation):
     assert_in_place(report, LLAMA_3_8B, 2, devices=8)
 
 
+def test_outside_of_shard_map_no_card_gathers_the_cache():
+    """XLA cannot divide a kernel over cards, and so it does not get one."""
+    mesh = aot.mesh("h100", (8,), ("model",))
+    cache = cache_of(LLAMA_3_8B, sharding=jax.NamedSharding(mesh, jax.P(None, None, None, "model")))
+    for operation in OPERATIONS:
+        function, arguments = call_of(operation, LLAMA_3_8B, jnp.bfloat16)
+        report = aot.compile(jax.jit(function, donate_argnums=0), cache, *arguments, devices=mesh)
+        assert report.kernels == ()
+        assert not report.collectives()
+        assert report.memory.alias_size_in_bytes >= 2 * math.prod(LLAMA_3_8B) * 2 / 8
+
+
 def test_gathers_and_scatters_of_xla_copy_no_cache():
     cache, ids = cache_of(LLAMA_3_8B), array(16, dtype=jnp.int32)
     report = aot.compile(gather_blocks, cache, ids)
     assert report.memory.temp_size_in_bytes < 2**20
     report = aot.compile(jax.jit(scatter_blocks, donate_argnums=0), cache, ids, array(16, 2, 32, 16, 8, 128))
     assert_in_place(report, LLAMA_3_8B, 2)
+
+
+def test_eight_cards_swap_without_talking():
+    """What `HostPool` runs on the device: each card's heads stay with it."""
+    mesh = aot.mesh("h100", (8,), ("model",))
+    heads = jax.NamedSharding(mesh, jax.P(None, None, None, "model"))
+    cache, ids = cache_of(LLAMA_3_8B, sharding=heads), array(16, dtype=jnp.int32)
+    blocks = [array(2, 32, 16, 8, 128, sharding=heads) for _ in range(16)]
+    report = aot.compile(host_pool._gather, cache, ids, devices=mesh)
+    assert not report.collectives()
+    block_bytes = 2 * 32 * 16 * 8 * 128 * 2
+    assert report.memory.output_size_in_bytes < 17 * block_bytes / 8
+    report = aot.compile(host_pool._scatter, cache, ids, blocks, devices=mesh)
+    assert not report.collectives()
+    assert report.memory.alias_size_in_bytes >= 2 * math.prod(LLAMA_3_8B) * 2 / 8
+    assert report.memory.temp_size_in_bytes < 17 * block_bytes / 8

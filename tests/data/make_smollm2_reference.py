@@ -146,13 +146,18 @@ def check_model(model: torch.nn.Module, reader: gguf.GGUFReader) -> None:
     facts = {
         "parameters left": sorted(parameters) == [],
         "tied embedding": model.lm_head.weight is model.model.embed_tokens.weight,
-        "rope theta": config.rope_parameters["rope_theta"] == reader.fields["llama.rope.freq_base"].contents(),
+        "rope theta": _rope_theta(config) == reader.fields["llama.rope.freq_base"].contents(),
         "rms norm epsilon": config.rms_norm_eps == reader.fields["llama.attention.layer_norm_rms_epsilon"].contents(),
         "eos": config.eos_token_id == reader.fields["tokenizer.ggml.eos_token_id"].contents() == 2,
         "float32": all(p.dtype == torch.float32 for p in model.parameters()),
     }
     if wrong := [fact for fact, holds in facts.items() if not holds]:
         raise SystemExit(f"transformers read the file wrong: {wrong}")
+
+
+def _rope_theta(config: Any) -> float:
+    """Where transformers 5 keeps it, or else 4."""
+    return config.rope_parameters["rope_theta"] if hasattr(config, "rope_parameters") else config.rope_theta
 
 
 def greedy(model: torch.nn.Module, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -132,15 +132,15 @@ def test_no_conversations(llm):
 @pytest.mark.parametrize("steps", [0, 2])
 def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch, steps):
     alone = texts(llm.generate(["a", "bc", "def"], GREEDY, progress=False))
-    execute, left = llm.engine._runner.execute, iter(range(steps))
+    start, left = llm.engine._runner.start, iter(range(steps))
 
     def interrupted(scheduled):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return execute(scheduled)
+        return start(scheduled)
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm.engine._runner, "execute", interrupted)
+        patched.setattr(llm.engine._runner, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["a", "bc", "def"], GREEDY, progress=False)
     assert not llm.engine.has_unfinished()
@@ -196,3 +196,46 @@ def test_another_package_named_models(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: LLM needs the package `models` that is installed with jpaged"), done.stderr
     assert str(tmp_path / "models.py") in last
+
+
+def test_beam_search(llm):
+    """The widths and ends are tested elsewhere; here, that texts come back and prompts keep their order."""
+    outputs = llm.beam_search(["abc", [3, 4]], beam_width=2, max_tokens=5, progress=False)
+    assert [output.prompt for output in outputs] == ["abc", None]
+    for output in outputs:
+        first, second = output.outputs
+        assert (first.index, second.index) == (0, 1)
+        assert first.cumulative_logprob / len(first.token_ids) >= second.cumulative_logprob / len(second.token_ids)
+        assert first.text == "".join(list(WORDS)[token] for token in first.token_ids if token != 30)
+    (one,) = llm.beam_search("abc", beam_width=1, max_tokens=5, progress=False)
+    (greedy,) = llm.generate("abc", SamplingParams(temperature=0.0, max_tokens=5), progress=False)
+    assert one.outputs[0].token_ids == greedy.outputs[0].token_ids
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: beam_width: expected at most max_num_seqs \(2\), got 3"):
+        llm.beam_search("a", beam_width=3, progress=False)
+    with pytest.raises(ValueError, match=r"^beam_width: expected an int in \[1, 64\], got 0"):
+        llm.beam_search("a", beam_width=0, progress=False)
+
+
+def test_a_cached_prefix_stays_until_it_is_released(folder):
+    text = "the quick brown fox jumps over the "  # 35 tokens, two blocks of 16
+    llm = LLM(folder, max_num_seqs=2, max_num_batched_tokens=64, num_blocks=6)
+    (cold,) = llm.generate(text + "dog", GREEDY, progress=False)
+    assert cold.num_cached_tokens == 0
+    prefix = llm.cache_prefix(text)
+    assert prefix.num_tokens == 32
+    assert llm.stats().num_free_blocks == 4
+    llm.generate(["x" * 40, "y" * 40, "z" * 40], GREEDY, progress=False)  # which need every block that is not reserved
+    (warm,) = llm.generate(text + "dog", GREEDY, progress=False)
+    assert warm.num_cached_tokens == 32
+    assert warm.outputs[0].token_ids == cold.outputs[0].token_ids
+    prefix.release()
+    assert llm.stats().num_free_blocks == 6
+    with pytest.raises(KeyError):
+        prefix.release()
+    llm.generate(["x" * 40, "y" * 40, "w" * 40, "z" * 40], GREEDY, progress=False)
+    (again,) = llm.generate(text + "dog", GREEDY, progress=False)
+    assert again.num_cached_tokens == 0
+    with pytest.raises(RuntimeError, match="needs"):
+        LLM(folder, num_blocks=2).cache_prefix(text)
+    with pytest.raises(ValueError, match="enable_prefix_caching"):
+        LLM(folder, num_blocks=6, enable_prefix_caching=False).cache_prefix(text)

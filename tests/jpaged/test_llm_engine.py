@@ -2,7 +2,7 @@
 
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jpaged import EngineConfig, LLMEngine, SamplingParams
+from jpaged import BeamSearchParams, EngineConfig, LLMEngine, SamplingParams
 
 pytest.importorskip("models")
 
@@ -28,8 +28,8 @@ class Letters:
 
     eos_token_ids: tuple[int, ...] = ()
 
-    def encode(self, text, /):
-        return [LETTERS.index(letter) for letter in text]
+    def encode(self, text, /, *, add_special_tokens=True):
+        return [LETTERS.index(letter) for letter in text if letter != " "]
 
     def stream(self, skip_special_tokens, /):
         return self
@@ -97,9 +97,13 @@ def tokens(output):
     return [sample.token_ids for sample in output.outputs]
 
 
+def dense_logits(model, ids):
+    """The logits of the token after each of `ids`, by one dense forward pass, in float64."""
+    return np.asarray(model(jnp.array([[*ids, *[0] * (64 - len(ids))]], jnp.int32))[0, : len(ids)], np.float64)
+
+
 def dense_logprobs(model, ids):
-    """Log-probabilities of the token after each of `ids`, by one dense forward pass, in float64."""
-    logits = np.asarray(model(jnp.array([[*ids, *[0] * (64 - len(ids))]], jnp.int32))[0, : len(ids)], np.float64)
+    logits = dense_logits(model, ids)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -288,8 +292,8 @@ def test_a_request_that_outgrows_the_pool(engine, model):
     output = run(small, PROMPTS[0], DRAWN)
     assert output.outputs[0].finish_reason == "error"
     assert "3" in output.error
-    # The token drawn last need not be in the cache.
-    assert tokens(output) == [alone[:10]]
+    # Nine tokens of answer fill the pool; the tenth, which needs no room, is on its way when that is found out.
+    assert tokens(output) == [alone[:9]]
     check_empty(small)
 
 
@@ -308,6 +312,13 @@ BAD = {
     "too many samples": ([1], SamplingParams(n=5), ValueError, "n"),
     "a dict for parameters": ([1], {"n": 1}, TypeError, "params"),
     "stop token past the vocabulary": ([1], SamplingParams(stop_token_ids=[VOCAB]), ValueError, "stop_token_ids"),
+    "allowed token past the vocabulary": (
+        [1],
+        SamplingParams(allowed_token_ids=[VOCAB]),
+        ValueError,
+        "allowed_token_ids",
+    ),
+    "biased token past the vocabulary": ([1], SamplingParams(logit_bias={VOCAB: 1}), ValueError, "logit_bias"),
     "name in use": ([1], GREEDY, ValueError, "request_id"),
 }
 
@@ -329,8 +340,9 @@ def test_without_a_tokenizer(model):
     engine = make(model)
     with pytest.raises(TypeError, match=r"^prompt: expected token ids"):
         engine.add_request("a", "text", GREEDY)
-    with pytest.raises(ValueError, match=r"^stop: expected none"):
-        engine.add_request("a", [1], SamplingParams(stop="x"))
+    for name in ("stop", "bad_words"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected none"):
+            engine.add_request("a", [1], SamplingParams(**{name: "x"}))  # pyright: ignore[reportArgumentType]
     check_empty(engine)
     output = run(engine, np.array([5, 9], np.int64).tolist(), GREEDY)
     assert (output.prompt, output.outputs[0].text) == (None, "")
@@ -348,29 +360,42 @@ def test_min_tokens_without_bounds(engine):
     assert 3 not in sample.token_ids
 
 
-@pytest.mark.parametrize("donated", [False, True])
-@pytest.mark.parametrize("when", [0, 3])
-def test_a_failed_step_leaves_the_engine_usable(engine, monkeypatch, donated, when):
-    alone = [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS[:2]]
-    for i, prompt in enumerate(PROMPTS[:2]):
-        engine.add_request(str(i), prompt, DRAWN)
-    for _ in range(when):
-        engine.step()
-    step = engine._runner._step
+CALLS = ["_step", "finish", "_move_blocks", "_count_said"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("when", range(6))
+def test_each_device_call_may_fail_once_at_any_point(model, engine, monkeypatch, call, when):
+    """The requests of the step end with the error, those that wait are served, and the engine goes on serving."""
+    params = [DRAWN, replace(DRAWN, presence_penalty=1.0), replace(DRAWN, n=3), BeamSearchParams(beam_width=2), DRAWN]
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[2], PROMPTS[0]]
+    requests = list(zip(prompts, params, strict=True))
+    alone = [tokens(run(engine, *request)) for request in requests]
+    small = make(model, num_blocks=14, num_host_blocks=8)
+    original, count = getattr(small._runner, call), iter(range(100))
 
     def fail(*args, **kwargs):
-        if donated:
-            step(*args, **kwargs)
-        raise RuntimeError("out of order")
+        result = original(*args, **kwargs)  # takes what is donated along
+        if next(count) == when:
+            raise RuntimeError("out of order")
+        return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine._runner, "_step", fail)
-        with pytest.raises(RuntimeError, match="out of order"):
-            engine.step()
-    for i in range(2):
-        assert engine.abort(str(i)).finished
-    check_empty(engine)
-    assert [tokens(run(engine, prompt, DRAWN)) for prompt in PROMPTS[:2]] == alone
+        patched.setattr(small._runner, call, fail)
+        for i, request in enumerate(requests):
+            small.add_request(str(i), *request)
+        outputs = finish(small)
+    failed = [i for i in range(5) if outputs[str(i)].error is not None]
+    assert 0 < len(failed) < 5
+    for i, expected in enumerate(alone):
+        output = outputs[str(i)]
+        if i in failed:
+            assert output.error == "a step failed: RuntimeError: out of order"
+            assert {sample.finish_reason for sample in output.outputs} <= {"error", "stop", "length"}
+        else:
+            assert tokens(output) == expected
+    check_empty(small)
+    assert [tokens(run(small, *request)) for request in requests] == alone
 
 
 def test_a_failure_on_the_device_leaves_the_engine_usable(model):
@@ -388,19 +413,52 @@ def test_a_failure_on_the_device_leaves_the_engine_usable(model):
             keys = jax.pure_callback(check, jax.ShapeDtypeStruct(cache.keys.shape, cache.keys.dtype), cache.keys)
             return hidden, type(cache)(keys, cache.values)
 
-    graph, state = nnx.split(model)
-    failing = nnx.merge(graph, state)
-    failing.__class__ = Failing
-    engine = make(failing)
+    engine = make(with_class(model, Failing))
     alone = tokens(run(engine, [5], DRAWN))
     engine.add_request("a", [5], DRAWN)
     engine.step()
     fails[0] = True
-    with pytest.raises(Exception, match="out of order"):
-        engine.step()
+    outputs = finish(engine)
+    assert "out of order" in outputs["a"].error
     fails[0] = False
-    engine.abort("a")
+    check_empty(engine)
     assert tokens(run(engine, [5], DRAWN)) == alone
+
+
+def with_class(model, kind):
+    """The same model, of a subclass."""
+    graph, state = nnx.split(model)
+    changed = nnx.merge(graph, state)
+    changed.__class__ = kind
+    return changed
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, n=2), BeamSearchParams(beam_width=2)])
+def test_logits_that_are_not_numbers_end_their_own_request(engine, model, params):
+    """One token makes them so; its neighbours and who comes later notice nothing, nor find its blocks."""
+    alone = [tokens(run(engine, prompt, GREEDY)) for prompt in PROMPTS]
+    said = {token_id for answer in alone for sample in answer for token_id in sample}
+    bad = next(token_id for token_id in range(10, VOCAB) if token_id not in said)
+
+    class Poisoned(type(model)):
+        def step(self, tokens, positions, cache, batch):
+            hidden, cache = super().step(tokens, positions, cache, batch)
+            return jnp.where((tokens == bad).reshape(-1, 1), jnp.nan, hidden), cache
+
+    poisoned = make(with_class(model, Poisoned))
+    for _ in range(2):
+        poisoned.add_request("bad", [*[7] * 20, bad], params)
+        poisoned.add_request("same prefix", PROMPTS[2], GREEDY)
+        poisoned.add_request("other", PROMPTS[0], GREEDY)
+        outputs = finish(poisoned)
+        assert outputs["bad"].error == "the model's logits are not numbers"
+        assert outputs["bad"].num_cached_tokens == 0
+        assert all(sample.finish_reason == "error" for sample in outputs["bad"].outputs)
+        assert tokens(outputs["same prefix"]) == alone[2]
+        assert tokens(outputs["other"]) == alone[0]
+        poisoned.add_request("last", [*[7] * 20, bad], params)
+        assert finish(poisoned)["last"].error is not None
+    check_empty(poisoned)
 
 
 def test_metrics_are_ordered_in_time(engine):
@@ -431,30 +489,7 @@ def test_stats_count_a_request(model):
     assert 0 < stats.used_slot_steps <= stats.held_slot_steps
 
 
-def test_a_failed_step_takes_nothing_from_the_others(engine, monkeypatch):
-    expected = {name: run(engine, prompt, GREEDY) for name, prompt in zip("ab", PROMPTS[:2], strict=True)}
-    for name, prompt in zip("ab", PROMPTS[:2], strict=True):
-        engine.add_request(name, prompt, GREEDY)
-    for _ in range(3):
-        engine.step()
-    step = engine._runner._step
-
-    def fail(*args, **kwargs):
-        step(*args, **kwargs)  # takes the donated cache along
-        raise RuntimeError("lost")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "_step", fail)
-        with pytest.raises(RuntimeError, match="lost"):
-            engine.step()
-    outputs = finish(engine)
-    for name in "ab":
-        assert tokens(outputs[name]) == tokens(expected[name])
-
-
 def test_the_models_own_eos_ends_a_text(model):
-    from dataclasses import replace
-
     free = run(make(model), PROMPTS[0], GREEDY).outputs[0].token_ids
     eos = free[4]
     first = free.index(eos)
@@ -486,3 +521,208 @@ def test_an_interrupt_amid_the_bookkeeping_loses_nothing(engine, monkeypatch, wh
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     assert tokens(finish(engine)["a"]) == expected
+
+
+EDITED = {
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": -0.75},
+    "repetition": {"repetition_penalty": 1.7},
+    "all penalties": {"presence_penalty": -0.5, "frequency_penalty": 1.0, "repetition_penalty": 0.8},
+    "bias": {"logit_bias": {3: 1.5, 51: -2.0, 63: 0.25}},
+    "allowed": {"allowed_token_ids": [0, 7, 31, 32, 63]},
+    "bias and penalty": {"logit_bias": {7: 3.0}, "repetition_penalty": 1.3, "allowed_token_ids": list(range(2, 40))},
+    "bad letter": {"bad_words": ["0", "c"]},
+    "bad word": {"bad_words": ["cc", "]4c", "44"]},  # greedily it says ]4cc44...
+    "min_tokens": {"min_tokens": 5, "stop_token_ids": [4, 51]},
+}
+
+
+def edited_logits(logits, prompt, generated, params):
+    """By the formulas of `SamplingParams`, one token at a time, in float64."""
+    logits = logits.copy()
+    if params.allowed_token_ids is not None:
+        logits[[t for t in range(VOCAB) if t not in params.allowed_token_ids]] = -np.inf
+    for word in params.bad_words:
+        ids = [LETTERS.index(letter) for letter in word]
+        if generated[len(generated) - len(ids) + 1 :] == ids[:-1]:
+            logits[ids[-1]] = -np.inf
+    if len(generated) < params.min_tokens:
+        logits[list(params.stop_token_ids)] = -np.inf
+    for token_id, bias in (params.logit_bias or {}).items():
+        logits[token_id] += bias
+    for token_id in {*prompt, *generated}:
+        logits[token_id] *= params.repetition_penalty ** (-1 if logits[token_id] > 0 else 1)
+    for token_id in generated:
+        logits[token_id] -= params.frequency_penalty
+    for token_id in set(generated):
+        logits[token_id] -= params.presence_penalty
+    return logits
+
+
+def check_edited_greedy(model, output, params):
+    """Every token was the likeliest after what was said before it, and reported as likely as the model found it."""
+    (sample,) = output.outputs
+    prompt = list(output.prompt_token_ids)
+    logits = dense_logits(model, [*prompt, *sample.token_ids])[len(prompt) - 1 :]
+    total = 0.0
+    for i, token_id in enumerate(sample.token_ids):
+        edited = edited_logits(logits[i], prompt, list(sample.token_ids[:i]), params)
+        assert token_id == edited.argmax(), f"token {i}"
+        total += (logits[i] - np.log(np.exp(logits[i]).sum()))[token_id]
+    assert sample.cumulative_logprob == pytest.approx(total, abs=1e-4)
+
+
+def edited_params(name):
+    return SamplingParams(temperature=0.0, max_tokens=16, **EDITED[name])
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_greedy_by_what_is_asked_of_the_logits(engine, model, name):
+    params = edited_params(name)
+    output = run(engine, PROMPTS[0], params)
+    check_edited_greedy(model, output, params)
+    assert tokens(output) != tokens(run(engine, PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=16))), (
+        "no effect"
+    )
+
+
+def test_what_one_asks_is_not_done_to_others(model):
+    """All of it in one batch, with too few blocks and rows, so that requests are preempted and rows change hands."""
+    small = make(model, Letters(), num_blocks=14)
+    for name in EDITED:
+        small.add_request(name, PROMPTS[0], edited_params(name))
+        small.add_request(f"plain beside {name}", PROMPTS[3], GREEDY)
+    outputs = finish(small)
+    assert small.stats().num_preemptions > 0
+    for name in EDITED:
+        check_edited_greedy(model, outputs[name], edited_params(name))
+        check_edited_greedy(model, outputs[f"plain beside {name}"], GREEDY)
+    check_empty(small)
+
+
+@pytest.mark.parametrize("budget", [8, 64])
+def test_prompt_logprobs(model, budget):
+    engine = make(model, max_num_batched_tokens=budget)
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    engine.add_request("a", [*PROMPTS[2][:-1], 9], params)
+    engine.add_request("b", PROMPTS[3], SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0))
+    engine.add_request("c", PROMPTS[0], GREEDY)
+    outputs = finish(engine)
+    assert outputs["c"].prompt_logprobs is None
+    for name, n in (("a", 2), ("b", 0)):
+        prompt, found = outputs[name].prompt_token_ids, outputs[name].prompt_logprobs
+        expected = dense_logprobs(model, prompt)
+        assert found[0] is None
+        assert len(found) == len(prompt)
+        for position in range(1, len(prompt)):
+            row = expected[position - 1]
+            assert set(found[position]) == {prompt[position], *np.argsort(-row)[:n].tolist()}
+            for token_id, value in found[position].items():
+                assert value == pytest.approx(row[token_id], abs=1e-4)
+
+
+def test_prompt_logprobs_of_several_samples(engine, model):
+    output = run(engine, PROMPTS[3], SamplingParams(n=3, seed=5, max_tokens=4, prompt_logprobs=1))
+    expected = dense_logprobs(model, PROMPTS[3])
+    for position in range(1, 5):
+        assert output.prompt_logprobs[position][PROMPTS[3][position]] == pytest.approx(
+            expected[position - 1, PROMPTS[3][position]], abs=1e-4
+        )
+
+
+def test_no_text_without_detokenize(engine):
+    (plain,) = run(engine, PROMPTS[0], GREEDY).outputs
+    (silent,) = run(engine, PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=12, detokenize=False)).outputs
+    assert (silent.text, silent.token_ids) == ("", plain.token_ids)
+    assert plain.text
+
+
+def test_a_request_that_rules_out_every_token_fails_alone(engine):
+    alone = tokens(run(engine, PROMPTS[0], DRAWN))
+    engine.add_request("stays", PROMPTS[0], DRAWN)
+    params = SamplingParams(n=2, allowed_token_ids=[5], min_tokens=1, stop_token_ids=[5])
+    engine.add_request("fails", PROMPTS[3], params)
+    outputs = finish(engine)
+    assert outputs["fails"].error == "no token may be drawn: the request's parameters rule out all of them"
+    assert [(sample.finish_reason, sample.token_ids) for sample in outputs["fails"].outputs] == [("error", ())] * 2
+    assert tokens(outputs["stays"]) == alone
+
+
+def test_a_prefix_is_shared_only_under_the_same_salt(model):
+    engine = make(model)
+    prompt, cached = [7] * 21, []
+    for i, salt in enumerate([None, None, "a", "b", "a", None]):
+        engine.add_request(str(i), prompt, GREEDY, cache_salt=salt)
+        cached.append(finish(engine)[str(i)].num_cached_tokens)
+    assert cached == [0, 20, 0, 0, 20, 20]
+    assert engine.stats().prefix_cache_hits == 60
+    assert engine.stats().prefix_cache_queries == 6 * 21
+
+
+def test_the_more_urgent_runs_first(model):
+    engine = make(model, max_num_seqs=1)
+    for name, priority in (("a", 0), ("later", 5), ("urgent", -1)):
+        engine.add_request(name, [5], GREEDY, priority=priority)
+    ended = []
+    while engine.has_unfinished():
+        ended += [output.request_id for output in engine.step() if output.finished]
+    assert ended == ["urgent", "a", "later"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        ({"priority": 1.0}, "priority: expected an int, got 1.0"),
+        ({"priority": True}, "priority: expected an int, got True"),
+        ({"cache_salt": 3}, "cache_salt: expected a str or None, got 3"),
+        ({"cache_salt": b"a"}, "cache_salt: expected a str or None, got b'a'"),
+    ],
+)
+def test_bad_priorities_and_salts(engine, asked, error):
+    with pytest.raises(TypeError, match=f"^{error}$"):
+        engine.add_request("a", [5], GREEDY, **asked)
+
+
+def test_a_beam_search_that_is_aborted_gives_what_it_has(engine):
+    engine.add_request("goes", PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=12))
+    engine.add_request("stays", PROMPTS[1], GREEDY)
+    for _ in range(8):
+        engine.step()
+    output = engine.abort("goes")
+    assert [answer.finish_reason for answer in output.outputs] == ["abort"] * 3
+    assert {len(answer.token_ids) for answer in output.outputs} <= set(range(2, 9))
+    assert len({answer.token_ids for answer in output.outputs}) == 3
+    finish(engine)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ({"preemption": "swap"}, 'num_host_blocks: expected at least 1 for preemption="swap", got 0'),
+        ({"preemption": "never"}, 'preemption: expected "auto", "swap" or "recompute", got \'never\''),
+        ({"num_host_blocks": -1}, "num_host_blocks: expected an int >= 0, got -1"),
+    ],
+)
+def test_bad_configurations(config, error):
+    with pytest.raises(ValueError, match=f"^{error}$"):
+        EngineConfig(**config)
+    for name in ("enable_prefix_caching", "batch_invariant"):
+        with pytest.raises(TypeError, match=f"^{name}: expected a bool, got 1$"):
+            EngineConfig(**{name: 1})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("params", "ahead"), [(GREEDY, True), (BeamSearchParams(beam_width=2, max_tokens=12), False)])
+def test_the_next_step_starts_while_the_last_one_runs(engine, monkeypatch, params, ahead):
+    """Where the host need not know the tokens in between."""
+    calls = []
+    for name in ("start", "finish"):
+        original = getattr(engine._runner, name)
+
+        def noted(step, name=name, original=original):
+            calls.append(name)
+            return original(step)
+
+        monkeypatch.setattr(engine._runner, name, noted)
+    run(engine, [5], params)
+    steady = ["start", *["start", "finish"] * 11, "finish"]
+    assert calls == (steady if ahead else ["start", "finish"] * 12)

@@ -10,7 +10,21 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from jpaged.sampler import SamplingBatch, _cut, _invert, logprobs_of, sample, sampling_keys, top_logprobs
+from jpaged.sampler import (
+    IN_PROMPT,
+    LogitEdits,
+    Penalties,
+    SamplingBatch,
+    _cut,
+    _invert,
+    allow,
+    edit,
+    logprobs_of,
+    penalize,
+    sample,
+    sampling_keys,
+    top_logprobs,
+)
 from jpaged.sampling_params import MAX_LOGPROBS
 
 VOCAB = 600  # more than two of the sampler's tiles, and no multiple of one
@@ -377,3 +391,52 @@ def test_a_small_vocabulary_is_ranked_whole():
     token_ids, logprobs = top_logprobs(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), jnp.asarray(True))
     assert token_ids.tolist() == [[1, 2, 0]]
     np.testing.assert_allclose(jnp.exp(logprobs), [[0.5, 0.3, 0.2]], rtol=1e-6)
+
+
+# What is changed before the draw.
+
+
+def test_only_allowed_tokens_are_left():
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
+    allowed = np.zeros((3, -(-VOCAB // 32) * 32), np.uint8)
+    allowed[0, [0, 31, 32, VOCAB - 1]] = 1
+    allowed[1] = 1
+    words = jnp.asarray(np.packbits(allowed, axis=1, bitorder="little").view("<u4"))
+    left = np.asarray(jax.jit(allow)(jnp.asarray(logits), words))
+    np.testing.assert_array_equal(left, np.where(allowed[:, :VOCAB] == 1, logits, -np.inf))
+
+
+def edits_of(*edits, pad_to=8):
+    rows = [*edits, *[(3, 0, 9.0, -1)] * (pad_to - len(edits))]  # there is no sample 3
+    sample, token_id, value, after = zip(*rows, strict=True)
+    return LogitEdits(
+        jnp.array(sample, jnp.int32), jnp.array(token_id, jnp.int32), jnp.array(value), jnp.array(after, jnp.int32)
+    )
+
+
+def test_edits_are_added_where_they_apply():
+    logits = np.zeros((3, VOCAB), np.float32)
+    logits[1, 7] = 2.0
+    edits = edits_of((1, 7, 1.5, -1), (1, 7, -4.0, -1), (0, 5, -np.inf, 11), (2, 5, -np.inf, 11), (2, 0, 3.0, -1))
+    expected = logits.copy()
+    expected[1, 7] = -0.5
+    expected[0, 5] = -np.inf  # its sample follows token 11, and sample 2 does not
+    expected[2, 0] = 3.0
+    previous = jnp.array([11, 11, 12], jnp.int32)
+    np.testing.assert_array_equal(jax.jit(edit)(jnp.asarray(logits), edits, previous), expected)
+    np.testing.assert_array_equal(jax.jit(edit)(jnp.asarray(logits), edits_of(), previous), logits)
+
+
+def test_penalties_by_their_formulas():
+    """OpenAI's for presence and frequency, CTRL's for repetition; the prompt counts for the last alone."""
+    logits = np.array([[1.0, -1.0, 2.0, -2.0, 0.5, 0.0]] * 2, np.float32)
+    times = np.array([[0, 0, 1, 3, 0, 2]] * 2)
+    in_prompt = np.array([[1, 1, 0, 1, 0, 0]] * 2, bool)
+    presence, frequency, repetition = np.array([0.5, -2.0]), np.array([0.25, 0.0]), np.array([2.0, 1.0])
+    said = times + np.where(in_prompt, IN_PROMPT, 0)
+    arrays = [jnp.asarray(array, jnp.float32) for array in (presence, frequency, repetition)]
+    found = jax.jit(penalize)(jnp.asarray(logits), Penalties(jnp.asarray(said, jnp.int32), *arrays))
+    # Row 0 by hand: 1/2; -1*2; 2/2 - 0.25 - 0.5; -2*2 - 3*0.25 - 0.5; as it was; 0 - 2*0.25 - 0.5.
+    np.testing.assert_allclose(found[0], [0.5, -2.0, 0.25, -5.25, 0.5, -1.0])
+    np.testing.assert_allclose(found[1], [1.0, -1.0, 4.0, 0.0, 0.5, 2.0])

@@ -1,52 +1,11 @@
-"""The scheduler against steps worked out by hand, and against a plain loop with a model that reads its blocks."""
-
-import random
-import zlib
-from itertools import count
+"""The scheduler against steps worked out by hand."""
 
 import pytest
+from scheduling import STOP, add, make_group, make_scheduler, shapes, step
 
 from jpaged.block_manager import BlockManager
-from jpaged.sampling_params import SamplingParams
-from jpaged.scheduler import NewRow, Sample, ScheduledSequence, Scheduler, SchedulerOutput, TableUpdate
-from jpaged.sequence import Sequence, SequenceGroup
-
-STOP = 0
-
-
-def make_scheduler(num_blocks=100, block_size=4, max_num_seqs=8, budget=64, watermark=0.01):
-    blocks = BlockManager(num_blocks, block_size)
-    return blocks, Scheduler(blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, watermark=watermark)
-
-
-def make_group(seq_id, prompt, *, n=1, max_tokens=16, min_tokens=0, model_len=10_000, request_id=None):
-    """A request whose sequences are numbered from `seq_id` on; a prompt given by its length is 100, 101, …"""
-    tokens = list(range(100, 100 + prompt)) if isinstance(prompt, int) else prompt
-    return SequenceGroup(
-        request_id=request_id or f"r{seq_id}",
-        sequences=[Sequence(seq_id + index, index, list(tokens)) for index in range(n)],
-        params=SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens),
-        stop_token_ids=frozenset({STOP}),
-        seed=seq_id,
-        max_len=min(len(tokens) + max_tokens, model_len),
-    )
-
-
-def add(scheduler, *groups):
-    for group in groups:
-        scheduler.add(group)
-
-
-def step(scheduler, token=9):
-    """One step in which every sample is `token`."""
-    output = scheduler.schedule()
-    scheduler.update(output, [token] * len(output.samples))
-    return output
-
-
-def shapes(output):
-    return [(s.seq_id, s.start, s.num_tokens) for s in output.sequences]
-
+from jpaged.scheduler import Scheduler
+from jpaged.scheduler_output import NewRow, Sample, ScheduledSequence, TableUpdate
 
 # One request, in full.
 
@@ -63,37 +22,33 @@ def test_a_request_from_prompt_to_end():
     assert row is not None
     table = blocks.block_table(7)
     assert len(table) == 2
-    assert output == SchedulerOutput(
-        sequences=(ScheduledSequence(7, row, 0, 3, (11, 12, 13)),),
-        table_updates=(TableUpdate(row, 0, table),),
-        new_rows=(NewRow(row, 7, 0, 3, group.params, 7, frozenset({STOP})),),
-        samples=(Sample(7, row, 2),),
-        ended=(),
-        num_tokens=3,
-    )
+    assert list(output.sequences) == [ScheduledSequence(7, row, 0, 3, (11, 12, 13))]
+    assert output.table_updates == (TableUpdate(row, 0, table),)
+    assert output.new_rows == (NewRow(row, 7, 0, 3, group.params, 7, frozenset({STOP}), (11, 12, 13)),)
+    assert list(output.samples) == [Sample(7, row, 2)]
+    assert (output.ended, output.num_tokens) == ((), 3)
     assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
-    assert (blocks.num_held_slots, blocks.num_used_slots) == (4, 0)
+    assert (blocks.num_free_blocks, scheduler.num_unused_slots) == (6, 1)  # 4 slots, 3 tokens
     assert scheduler.update(output, [21]) == [group]
     assert sequence.token_ids == [11, 12, 13, 21]
-    assert blocks.num_used_slots == 3
 
     output = scheduler.schedule()  # token 21, at position 3, in the second block's second slot
-    assert output.sequences == (ScheduledSequence(7, row, 3, 1, None),)
-    assert (output.table_updates, output.new_rows, output.samples) == ((), (), (Sample(7, row, 0),))
+    assert list(output.sequences) == [ScheduledSequence(7, row, 3, 1, None)]
+    assert (output.table_updates, output.new_rows, list(output.samples)) == ((), (), [Sample(7, row, 0)])
     scheduler.update(output, [22])
 
     output = scheduler.schedule()  # token 22, at position 4, opens the third block
     assert output.table_updates == (TableUpdate(row, 2, blocks.block_table(7)[2:]),)
     assert len(blocks.block_table(7)) == 3
     scheduler.update(output, [23])
-    assert (blocks.num_held_slots, blocks.num_used_slots) == (6, 5)
+    assert (blocks.num_free_blocks, scheduler.num_unused_slots) == (5, 1)
 
     step(scheduler, 24)
     assert sequence.token_ids == [11, 12, 13, 21, 22, 23, 24]
     assert (sequence.finish_reason, sequence.row) == ("length", None)
     assert not scheduler.has_unfinished()
-    assert (blocks.num_free_blocks, blocks.num_used_slots) == (8, 0)
-    assert step(scheduler) == SchedulerOutput((), (), (), (), (), 0)
+    assert blocks.num_free_blocks == 8
+    assert step(scheduler).is_empty
 
 
 def test_stop_tokens_end_and_stay():
@@ -143,7 +98,7 @@ def test_chunked_prefill_shares_the_budget():
 
     first = step(scheduler)
     assert shapes(first) == [(0, 0, 8)]
-    assert first.samples == ()
+    assert len(first.samples) == 0
 
     second = step(scheduler)  # 2 left of the first, 5 of the second, 1 for the third; one-token sequences first
     assert shapes(second) == [(2, 0, 1), (0, 8, 2), (1, 0, 5)]
@@ -237,7 +192,11 @@ def test_a_group_gets_all_its_rows_or_none():
     step(scheduler)
     output = step(scheduler)
     assert [row.sample_index for row in output.new_rows] == [0, 1, 2]
-    assert shapes(output) == [(1, 0, 2), (2, 0, 2), (3, 0, 2)]
+    assert shapes(output) == [(1, 0, 2)]  # the prompt once, its last token sampled from three times
+    assert [(s.seq_id, s.row, s.token_index) for s in output.samples] == [
+        (row.seq_id, row.row, 1) for row in output.new_rows
+    ]
+    assert len({row.row for row in output.new_rows}) == 3
     output = scheduler.schedule()
     assert scheduler.update(output, [STOP, 9, 9]) == [group]
     assert [s.finish_reason for s in group.sequences] == ["stop", "length", "length"]
@@ -248,13 +207,14 @@ def test_a_sequence_that_ended_leaves_its_row_and_blocks_before_its_group_does()
     blocks, scheduler = make_scheduler(num_blocks=10)
     group = make_group(0, 3, n=2)
     scheduler.add(group)
-    output = scheduler.schedule()
+    step(scheduler)
+    output = scheduler.schedule()  # each has its own half-full block now
     assert blocks.num_free_blocks == 8
     scheduler.update(output, [STOP, 9])
     assert blocks.num_free_blocks == 9
     assert [s.row is None for s in group.sequences] == [True, False]
     assert scheduler.num_running == 1
-    assert shapes(step(scheduler)) == [(1, 3, 1)]
+    assert shapes(step(scheduler)) == [(1, 4, 1)]
 
 
 # Preemption.
@@ -300,21 +260,21 @@ def test_the_latest_is_preempted_and_computed_anew():
 
 
 def test_a_group_is_preempted_whole_even_by_itself():
-    blocks, scheduler = make_scheduler(num_blocks=5, block_size=2)
+    blocks, scheduler = make_scheduler(num_blocks=4, block_size=2)
     first, pair = make_group(0, 2, max_tokens=5), make_group(1, 2, n=2, max_tokens=5)
     add(scheduler, first, pair)
-    assert len(step(scheduler).sequences) == 3
+    assert len(step(scheduler).samples) == 3
     # Position 2 opens a block: the first and the pair's first take the two that are left, its second finds none.
     output = scheduler.schedule()
     assert shapes(output) == [(0, 2, 1)]
     assert {update.row for update in output.table_updates} == {first.sequences[0].row}
     assert [s.row for s in pair.sequences] == [None, None]
     assert [s.num_computed for s in pair.sequences] == [0, 0]
-    assert blocks.num_free_blocks == 3
+    assert blocks.num_free_blocks == 2
     scheduler.update(output, [9])
     while first.sequences[0].finish_reason is None:
         assert {s.seq_id for s in step(scheduler).sequences} == {0}
-    assert shapes(step(scheduler)) == [(1, 0, 3), (2, 0, 3)]
+    assert shapes(step(scheduler)) == [(2, 2, 1), (1, 0, 3)]  # their prompt's block is computed for both again
 
 
 def test_a_prefill_under_way_is_preempted_too():
@@ -325,7 +285,7 @@ def test_a_prefill_under_way_is_preempted_too():
     assert shapes(step(scheduler)) == [(0, 3, 1), (1, 3, 2)]
     assert shapes(step(scheduler)) == [(0, 4, 1)]  # one of the second's goes to the first, which then ends
     assert scheduler.num_preemptions == 1
-    assert (blocks.num_free_blocks, blocks.num_used_slots) == (6, 0)
+    assert blocks.num_free_blocks == 6
     output = step(scheduler)
     assert shapes(output) == [(1, 0, 3)]
     assert output.sequences[0].token_ids == (100, 101, 102)
@@ -336,14 +296,14 @@ def test_a_prefill_under_way_is_preempted_too():
 
 def test_a_request_larger_than_the_pool_ends_with_an_error():
     _, scheduler = make_scheduler(num_blocks=4, block_size=2)
-    too_long, too_many, fits = make_group(1, 9), make_group(2, 5, n=2), make_group(5, 2)
+    too_long, too_many, fits = make_group(1, 9), make_group(2, 5, n=3), make_group(5, 2)
     add(scheduler, make_group(0, 2), too_long, too_many, fits)
     output = step(scheduler)
     assert shapes(output) == [(0, 0, 2), (5, 0, 2)]
-    assert output.ended == (too_long, too_many)
+    assert output.ended == (too_long.request_id, too_many.request_id)
     assert too_long.error == "the request needs 5 blocks of 2 tokens, more than the pool's 4"
-    assert too_many.error == "the request needs 6 blocks of 2 tokens, more than the pool's 4"
-    assert [s.finish_reason for g in output.ended for s in g.sequences] == ["error"] * 3
+    assert too_many.error == "the request needs 5 blocks of 2 tokens, more than the pool's 4"
+    assert [s.finish_reason for g in (too_long, too_many) for s in g.sequences] == ["error"] * 4
     assert fits.error is None
     assert step(scheduler).ended == ()
 
@@ -353,7 +313,7 @@ def test_a_request_with_more_sequences_than_rows_ends_with_an_error():
     group = make_group(0, 2, n=3)
     scheduler.add(group)
     output = step(scheduler)
-    assert (output.ended, output.num_tokens) == ((group,), 0)
+    assert (output.ended, output.num_tokens) == ((group.request_id,), 0)
     assert group.error == "the request has 3 sequences, more than the 2 rows"
     assert not scheduler.has_unfinished()
 
@@ -367,7 +327,7 @@ def test_a_lone_request_that_outgrows_the_pool_ends_with_an_error():
     waiting = make_group(1, 5, max_tokens=1)
     scheduler.add(waiting)
     output = step(scheduler)
-    assert output.ended == (group,)
+    assert output.ended == (group.request_id,)
     assert group.error == "the request needs 4 blocks of 2 tokens, more than the pool's 3"
     assert group.sequences[0].finish_reason == "error"
     assert len(group.sequences[0].token_ids) == 7  # what it had generated is kept
@@ -376,14 +336,14 @@ def test_a_lone_request_that_outgrows_the_pool_ends_with_an_error():
 
 
 def test_a_preempted_group_whose_sequences_grew_apart_counts_each_at_its_own_length():
-    # Of two tokens a step the head takes one and the pair's first sequence the other; its second gets none. Both
-    # grow to 5 blocks beside the second's 1, and fill the pool. At the length of the longer, 2 x 6 would not fit.
+    # Of two tokens a step the head takes one and the pair's first sequence the other; its second gets none but that
+    # of their prompt. Both grow to 5 blocks beside the second's 1, and fill the pool: 2 x 6 would not fit.
     _, scheduler = make_scheduler(num_blocks=11, block_size=2, budget=2)
     head, pair = make_group(0, 1, max_tokens=12), make_group(1, 1, n=2, max_tokens=12)
     add(scheduler, head, pair)
     while not scheduler.num_preemptions:
         step(scheduler)
-    assert [len(s.token_ids) for s in pair.sequences] == [11, 1]
+    assert [len(s.token_ids) for s in pair.sequences] == [11, 2]
     while scheduler.has_unfinished():
         assert step(scheduler).ended == ()
     assert [len(s.token_ids) for s in pair.sequences] == [13, 13]
@@ -414,7 +374,7 @@ def test_abort_between_schedule_and_update():
     assert (gone.sequences[0].token_ids, gone.sequences[0].finish_reason) == ([100, 101, 102], "abort")
     assert stays.sequences[0].token_ids[3:] == [6]
     scheduler.abort("r1")
-    assert (blocks.num_free_blocks, blocks.num_used_slots) == (100, 0)
+    assert blocks.num_free_blocks == 100
 
 
 def test_abort_in_the_middle_of_a_prefill_and_then_the_same_name_again():
@@ -430,7 +390,7 @@ def test_abort_in_the_middle_of_a_prefill_and_then_the_same_name_again():
     output = step(scheduler)
     assert shapes(output) == [(1, 0, 2)]
     assert output.new_rows[0].seq_id == 1
-    assert blocks.num_used_slots == 2
+    assert blocks.num_free_blocks == 99
 
 
 def test_abort_of_a_preempted_request():
@@ -482,7 +442,7 @@ def test_wrong_calls():
     ]:
         with pytest.raises(raised, match=match):
             call()
-    assert (scheduler.num_running, scheduler.num_waiting, blocks.num_used_slots) == (1, 0, 0)
+    assert (scheduler.num_running, scheduler.num_waiting, blocks.num_free_blocks) == (1, 0, 99)
     scheduler.update(output, [9])
     assert shapes(step(scheduler)) == [(0, 3, 1)]
 
@@ -495,184 +455,3 @@ def test_wrong_limits(argument, value):
     limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "watermark": 0.01} | {argument: value}
     with pytest.raises(ValueError, match=f"{argument}: expected .*, got {value}"):
         Scheduler(BlockManager(4, 4), **limits)
-
-
-# Random requests, against a loop that knows neither blocks nor steps.
-
-
-def next_token(seed: int, sample_index: int, tokens: tuple[int, ...]) -> int:
-    return zlib.crc32(repr((seed, sample_index, tokens)).encode()) % 40  # token 0 ends
-
-
-def plain_loop(group: SequenceGroup, index: int) -> tuple[list[int], str]:
-    """Tokens and reason of a request alone in the world."""
-    sequence = group.sequences[index]
-    tokens = sequence.token_ids[: sequence.prompt_len]
-    while True:
-        tokens.append(next_token(group.seed, index, tuple(tokens)))
-        if tokens[-1] == STOP and len(tokens) - sequence.prompt_len > group.params.min_tokens:
-            return tokens, "stop"
-        if len(tokens) == group.max_len:
-            return tokens, "length"
-
-
-class FakeRunner:
-    """Writes each step's tokens into the slots of a pool, and samples from what its block tables show there.
-
-    Like the runner on a device, it knows only what SchedulerOutputs have told it. A wrong table, a lost token or a
-    row left over from someone else make a wrong next token.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.pool: list[int | None] = [None] * (num_blocks * block_size)
-        self.occupants: dict[int, NewRow] = {}
-        self.tables: dict[int, list[int]] = {}
-        self.last_samples: dict[int, int] = {}
-
-    def slot(self, row: int, position: int) -> int:
-        block, offset = divmod(position, self.block_size)
-        return self.tables[row][block] * self.block_size + offset
-
-    def execute(self, output: SchedulerOutput) -> list[int]:
-        for new_row in output.new_rows:
-            self.occupants[new_row.row] = new_row
-            self.tables[new_row.row] = []
-            self.last_samples.pop(new_row.row, None)
-        for update in output.table_updates:
-            assert update.first <= len(self.tables[update.row])
-            self.tables[update.row][update.first :] = update.block_ids
-        packed = [(s, position) for s in output.sequences for position in self.write(s)]
-        assert len(packed) == output.num_tokens
-        token_ids = []
-        for sample in output.samples:
-            scheduled, position = packed[sample.token_index]
-            assert (scheduled.seq_id, scheduled.row) == (sample.seq_id, sample.row)
-            token_ids.append(self.sample(sample.row, position))
-            self.last_samples[sample.row] = token_ids[-1]
-        return token_ids
-
-    def write(self, scheduled: ScheduledSequence) -> range:
-        assert self.occupants[scheduled.row].seq_id == scheduled.seq_id
-        token_ids = scheduled.token_ids or (self.last_samples[scheduled.row],)
-        assert len(token_ids) == scheduled.num_tokens
-        positions = range(scheduled.start, scheduled.start + scheduled.num_tokens)
-        for position, token_id in zip(positions, token_ids, strict=True):
-            self.pool[self.slot(scheduled.row, position)] = token_id
-        return positions
-
-    def sample(self, row: int, position: int) -> int:
-        seen = tuple(self.pool[self.slot(row, p)] for p in range(position + 1))
-        occupant = self.occupants[row]
-        return next_token(occupant.seed, occupant.sample_index, seen)  # type: ignore[arg-type]
-
-
-class World:
-    """A scheduler, a runner, and the requests that come, go and are looked after."""
-
-    def __init__(self, rng, num_blocks, block_size, max_num_seqs, budget):
-        self.rng, self.budget, self.max_num_seqs = rng, budget, max_num_seqs
-        self.blocks, self.scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, budget)
-        self.runner = FakeRunner(num_blocks, block_size)
-        self.seq_ids = count(step=10)
-        self.live: list[SequenceGroup] = []  # in order of arrival
-        self.over: list[SequenceGroup] = []
-
-    def arrive(self):
-        rng = self.rng
-        length = 100 if rng.random() < 0.02 else rng.randint(1, 10)  # 100: more than any of the pools
-        prompt = [rng.randrange(1, 40) for _ in range(length)]
-        max_tokens = rng.randint(1, 30)
-        group = make_group(
-            next(self.seq_ids),
-            prompt,
-            n=rng.choice([1, 1, 1, 2, 3]),
-            max_tokens=max_tokens,
-            min_tokens=rng.choice([0, max_tokens // 2]),
-        )
-        self.live.append(group)
-        self.scheduler.add(group)
-
-    def end_some(self):
-        """A client goes away, or the engine finds a stop string, now and then."""
-        if self.live and self.rng.random() < 0.02:
-            self.scheduler.abort(self.rng.choice(self.live).request_id)
-        if self.live and self.rng.random() < 0.02:
-            sequences = self.rng.choice(self.live).unfinished()
-            if sequences:
-                self.scheduler.finish(self.rng.choice(sequences).seq_id, "stop")
-
-    def step(self):
-        output = self.scheduler.schedule()
-        self.check(output)
-        token_ids = self.runner.execute(output)
-        self.check_tables()
-        self.end_some()
-        updated = self.scheduler.update(output, token_ids)
-        assert {group.request_id for group in updated} <= {group.request_id for group in self.live}
-        self.end_some()
-        self.over += [group for group in self.live if not group.unfinished()]
-        self.live = [group for group in self.live if group.unfinished()]
-
-    def check(self, output):
-        assert output.num_tokens == sum(s.num_tokens for s in output.sequences) <= self.budget
-        assert output.num_tokens > 0 or not self.scheduler.has_unfinished()
-        ones = [s.num_tokens == 1 for s in output.sequences]
-        assert ones == sorted(ones, reverse=True)
-        assert len({s.row for s in output.sequences}) == len(ones)
-        for group in output.ended:
-            assert group.error
-            assert group in self.live
-            assert self.never_fits([s for s in group.sequences if s.finish_reason == "error"])
-        # All of a group run or none, and whoever runs came before whoever waits.
-        runs = [{s.row is not None for s in group.unfinished()} for group in self.live if group.unfinished()]
-        assert runs == sorted(runs, key=lambda rows: rows != {True})
-        assert all(len(rows) == 1 for rows in runs)
-
-    def never_fits(self, sequences):
-        blocks = sum(-(-len(s.token_ids) // self.blocks.block_size) for s in sequences)
-        return len(sequences) > self.max_num_seqs or blocks > self.blocks.num_blocks
-
-    def check_tables(self):
-        """What the runner was told, bit by bit, is what the block manager holds."""
-        running = [s for group in self.live for s in group.unfinished() if s.row is not None]
-        assert len({s.row for s in running}) == len(running)
-        for sequence in running:
-            assert sequence.row is not None
-            assert tuple(self.runner.tables[sequence.row]) == self.blocks.block_table(sequence.seq_id)
-        held = [block for s in running for block in self.blocks.block_table(s.seq_id)]
-        assert len(set(held)) == len(held) == self.blocks.num_blocks - self.blocks.num_free_blocks
-
-    def check_results(self):
-        reasons = set()
-        for group in self.over:
-            for sequence in group.sequences:
-                tokens, reason = plain_loop(group, sequence.index)
-                reasons.add(sequence.finish_reason)
-                if sequence.token_ids == tokens:
-                    assert sequence.finish_reason == reason
-                else:  # ended before its time, by error, abort or a stop string
-                    assert sequence.token_ids == tokens[: len(sequence.token_ids)]
-                    assert sequence.finish_reason != "length"
-        assert reasons == {"stop", "length", "abort", "error"}
-
-
-@pytest.mark.parametrize(
-    ("num_blocks", "block_size", "max_num_seqs", "budget"),
-    [(14, 4, 6, 16), (50, 1, 4, 7), (5, 8, 4, 64), (13, 3, 8, 3), (9, 4, 3, 30), (10, 3, 6, 2)],
-)
-def test_random_requests_get_the_tokens_of_a_plain_loop(num_blocks, block_size, max_num_seqs, budget):
-    world = World(random.Random(budget), num_blocks, block_size, max_num_seqs, budget)
-    for _ in range(400):
-        if len(world.live) < 6 and world.rng.random() < 0.5:
-            world.arrive()
-        world.step()
-    while world.live:
-        world.step()
-    world.check_results()
-    assert world.scheduler.num_preemptions >= 5
-    assert not world.scheduler.has_unfinished()
-    assert (world.scheduler.num_running, world.scheduler.num_waiting) == (0, 0)
-    assert (world.blocks.num_free_blocks, world.blocks.num_used_slots) == (num_blocks, 0)
-    world.scheduler.add(make_group(-10, 1, n=max_num_seqs))
-    assert {row.row for row in world.scheduler.schedule().new_rows} == set(range(max_num_seqs))

@@ -216,6 +216,19 @@ def test_the_kernel_without_mistakes_is_not():
     assert not is_wrong(copy_blocks_mosaic)
 
 
+def test_outside_of_shard_map_xla_copies_a_sharded_cache():
+    """XLA cannot divide a kernel over devices: it would gather the cache on each."""
+    pages, cache = random_cache(np.random.default_rng(4), (3, NUM_BLOCKS, 2, 4, 8))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("model",))
+    cache = jax.device_put(cache, jax.NamedSharding(mesh, P(None, None, None, "model")))
+    pairs = np.array([[2, 7], [8, 5]], np.int32)
+    with plgpu.force_gpu_interpret_mode():
+        assert_same_bits(jax.jit(copy_blocks)(cache, pairs), copied(pages, pairs))
+        asked = jax.jit(partial(copy_blocks, implementation="mosaic"))
+        with pytest.raises(NotImplementedError, match=r"spread over 2 devices: call it inside jax\.shard_map"):
+            asked(cache, pairs)
+
+
 @pytest.mark.usefixtures("no_annotation_checks")
 def test_what_the_hopper_kernel_cannot_do_is_said():
     pairs = np.array([[0, 1]], np.int32)

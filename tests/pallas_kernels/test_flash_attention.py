@@ -363,6 +363,21 @@ def test_shard_map_over_batch_and_heads():
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_shard_map_over_queries_alone_sums_the_gradients_of_what_they_share():
+    arrays = as_arguments(make(Case(34, 65, data=("row_bias", "key_value_seq_lengths"))))
+    lengths = arrays.pop("key_value_seq_lengths")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(arrays):
+        return loss_of(Case(34, 65), {})(arrays | {"key_value_seq_lengths": lengths})
+
+    in_specs = ({name: jax.P(None, "x") if name == "query" else jax.P() for name in arrays},)
+    sharded = jax.shard_map(lambda a: jax.lax.psum(loss(a), "x"), mesh=mesh, in_specs=in_specs, out_specs=jax.P())
+    expected, found = jax.grad(loss)(arrays), jax.grad(jax.jit(sharded))(arrays)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_dropout_keeps_the_fraction_and_another_key_another_mask(implementation):
     query = jnp.zeros((2, 256, 2, 8))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tiles import segment_tiles, tile_range, transposed
+from pallas_kernels import BlockMask
+from pallas_kernels.tiles import block_tiles, list_tiles, segment_tiles, tile_range, transposed
 
 
 def band(T, S, lower, upper):
@@ -79,3 +80,26 @@ def test_segment_tiles_hold_every_tile_where_segments_meet(order):
 def test_segments_that_no_key_has_visit_nothing():
     start, stop, _ = segment_tiles(jnp.full((1, 8), 7, jnp.int32), jnp.zeros((1, 8), jnp.int32), 4, 4)
     np.testing.assert_array_equal(start, stop)
+
+
+@pytest.mark.parametrize(("block_q", "block_kv"), [(4, 8), (12, 3), (5, 40), (1, 7)])
+@pytest.mark.parametrize("heads", [None, 2])
+def test_block_tiles_tell_where_some_and_where_all_entries_are_kept(block_q, block_kv, heads):
+    T, S, row_tile, key_tile = 30, 37, 4, 8
+    blocks = (-(-T // block_q), -(-S // block_kv))
+    mask = np.random.default_rng(0).random(blocks if heads is None else (heads, *blocks)) < 0.6
+    blocks = BlockMask(mask, block_q, block_kv)
+    some, whole = map(np.asarray, block_tiles(blocks, T, S, row_tile, key_tile))
+    dense = np.asarray(blocks.dense(T, S))
+    assert some.shape == (heads or 1, 8, 5)
+    for n, i, j in np.ndindex(some.shape):
+        tile = dense[n, i * row_tile : (i + 1) * row_tile, j * key_tile : (j + 1) * key_tile]
+        assert (some[n, i, j], whole[n, i, j]) == (tile.any(), tile.all())
+
+
+def test_lists_hold_whole_tiles_first_then_partial_ones_in_order():
+    some = jnp.array([[True, False, True, True, True], [False] * 5])
+    whole = jnp.array([[False, True, True, False, True], [True] * 5])
+    order, num_whole, num_kept = map(np.asarray, list_tiles(some, whole))
+    np.testing.assert_array_equal(order[0, :4], [2, 4, 0, 3])
+    np.testing.assert_array_equal((num_whole, num_kept), [[2, 0], [4, 0]])

@@ -315,6 +315,18 @@ def test_sharded_over_heads_each_card_writes_its_own():
     assert_rotated_and_written(result, problem, np.float32)
 
 
+def test_no_tokens_write_nothing():
+    pages, cache, _, _, _ = write_problem((1, 16, 4, 2, 32), np.float32)
+    query, key = (jnp.zeros((0, heads, 32)) for heads in (4, 2))
+    angle, batch = jnp.zeros((0, 16)), writes_to([])
+    with plgpu.force_gpu_interpret_mode():
+        assert_same_bits(write_kv(cache, batch, 0, key, key, implementation="mosaic"), pages)
+        new = query, key, key, angle, angle
+        found, cache = rotate_and_write_kv(cache, batch, 0, *new, implementation="mosaic")
+    assert found.shape == (0, 4, 32)
+    assert_same_bits(cache, pages)
+
+
 WRITE_MISTAKES = [
     ("plgpu.barrier_wait(full.at[i])", "pass"),
     ("plgpu.wait_smem_to_gmem(0)", "pass"),

@@ -337,3 +337,17 @@ def test_help_does_not_wait_for_jax(command: tuple[str, ...]) -> None:
     stdout, stderr = process.communicate()
     assert (process.returncode, stderr) == (0, b"")
     assert b"Usage" in stdout
+
+
+def test_beams(letters: Path) -> None:
+    result = run("generate", str(letters), "--prompt", "ab", "--beam-width", "2", "--max-tokens", "4", "--json")
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(record["prompt"], record["index"]) for record in records] == [("ab", 0), ("ab", 1)]
+    assert records[0]["token_ids"] != records[1]["token_ids"]
+    for options, message in (
+        (("--beam-width", "2", "--n", "3"), "beam_width: expected no options of sampling beside it"),
+        (("--beam-width", "0"), "beam_width: expected an int in [1, 64], got 0"),
+    ):
+        result = run("generate", str(letters), "--prompt", "ab", *options)
+        assert (result.exit_code, message in result.stderr) == (1, True)
