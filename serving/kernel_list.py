@@ -125,21 +125,21 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
 def paged_entry(shape: Shape, new: int, block_size: int) -> Entry:
     """Attention of the `new` last tokens of B sequences through block tables: decode, if it is one, else prefill."""
     B, length = shape.B if new == 1 else 4, shape.length
-    pages: Any = jax.ShapeDtypeStruct((2, shape.B * length // block_size, block_size, shape.K, shape.H), jnp.bfloat16)
-    integers: list[Any] = [
+    pages = jax.ShapeDtypeStruct((2, shape.B * length // block_size, block_size, shape.K, shape.H), jnp.bfloat16)
+    integers = [
         jax.ShapeDtypeStruct(sizes, jnp.int32) for sizes in ((B, length // block_size), (B,), (B + 1,), (B * new,), ())
     ]
-    batch = PagedBatch(*integers, max_query_len=new)
     query = jax.ShapeDtypeStruct((B * new, shape.N, shape.H), jnp.bfloat16)
 
-    def attend(query, cache, batch):
-        return paged_attention(query, cache, batch, 0, implementation="mosaic")
+    def attend(query, keys, values, *integers):
+        batch = PagedBatch(*integers, max_query_len=new)
+        return paged_attention(query, KVCache(keys, values), batch, 0, implementation="mosaic")
 
     pairs = new * length - new * (new - 1) / 2
     moved = 2 * B * shape.H * (2 * shape.K * length + 2 * shape.N * new)
     return Entry(
         f"{'paged-decode' if new == 1 else 'paged-prefill'} {shape.name} block-{block_size}",
-        lambda: (attend, (query, KVCache(pages, pages), batch)),
+        lambda: (attend, (query, pages, pages, *integers)),
         flops=4 * B * shape.N * shape.H * pairs,
         bytes=moved,
     )
