@@ -15,8 +15,6 @@ from models import Llama, LlamaConfig
 from models import llama as llama_module
 from pallas_kernels import KVCache, PagedBatch, aot, paged_attention
 
-pytestmark = pytest.mark.aot
-
 
 @pytest.fixture(autouse=True)
 def no_annotation_checks() -> Iterator[None]:
