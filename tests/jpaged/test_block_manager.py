@@ -541,3 +541,17 @@ def test_what_was_not_written_after_all_is_retracted_held_or_free():
     for seq_id in (0, 3):
         blocks.free(seq_id)
     assert blocks.num_free_blocks == 8
+
+
+def test_what_was_hashed_last_does_not_change_with_the_sequence():
+    """The next prompt equals what the sequence holds now, not what it held when its prompt was hashed."""
+    blocks = BlockManager(9, 2, prefix_caching=True)
+    blocks.allocate(0, [1, 2, 3, 4, 5])
+    blocks.commit(0, [1, 2, 3, 4, 5])
+    blocks.truncate(0, 2)
+    blocks.append(0, 2)
+    blocks.commit(0, [7, 8])
+    assert fill(blocks, 1, [1, 2, 7, 8, 9]) == 4
+    blocks.free(0)
+    blocks.free(1)
+    assert cached(blocks, [1, 2, 3, 4, 5]) == 2
