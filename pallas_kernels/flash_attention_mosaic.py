@@ -57,6 +57,8 @@ def unsupported(query: Array, key: Array, value: Array, operands: AttentionOpera
         return f"its kernels take head dims up to 256, not {H}"
     if min(T, S) == 0 or query.shape[0] == 0:
         return f"its kernels take no empty array, and the shapes are {query.shape} and {key.shape}"
+    if spec.scale <= 0.0:
+        return f"its kernels take positive scales, not {spec.scale}"
     for name, array in (("a bias", operands.bias), ("a dense mask", operands.mask)):
         if array is not None:
             return f"its kernels have no {name}: segment ids, lengths, windows and block masks cost less"

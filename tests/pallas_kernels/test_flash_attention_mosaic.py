@@ -112,6 +112,7 @@ def test_what_it_cannot_serve_is_said_and_left_to_others():
         changes: list[tuple[dict[str, Any], str]] = [
             ({"bias": jnp.zeros((1, 2, 128, 128), jnp.bfloat16)}, "a bias"),
             ({"mask": jnp.ones((1, 1, 128, 128), bool)}, "a dense mask"),
+            ({"scale": -0.125}, "positive scales, not -0.125"),
             ({"block_mask": BlockMask.full(128, 128, block_q=32, block_kv=128)}, "multiples of 64, not 32 x 128"),
         ]
         for change, reason in changes:
