@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +35,10 @@ from rich.table import Table
 from jpaged import EngineConfig, LLMEngine, SamplingParams
 from models import Llama, LlamaConfig
 
-LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "head_dim": 128, "max_len": 8192, "rope_theta": 500_000.0}
+LLAMA_3 = partial(LlamaConfig, vocab_size=128_256, num_heads=32, num_kv_heads=8, max_len=8192, rope_theta=500_000.0)
 CONFIGS = {
-    "1b": LlamaConfig(
-        **(LLAMA_3 | {"head_dim": 64}), d_model=2048, num_layers=16, num_heads=32, num_kv_heads=8, d_ff=8192,
-        tie_embeddings=True,
-    ),
-    "8b": LlamaConfig(**LLAMA_3, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, d_ff=14_336),
+    "1b": LLAMA_3(d_model=2048, num_layers=16, head_dim=64, d_ff=8192, tie_embeddings=True),
+    "8b": LLAMA_3(d_model=4096, num_layers=32, head_dim=128, d_ff=14_336),
     "tiny": LlamaConfig(
         vocab_size=512, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128, max_len=1024
     ),
@@ -102,7 +100,7 @@ def measure(name: str, batch: int, prompt: int, new: int, bandwidth: float) -> F
     config = CONFIGS[name]
     on_gpu = jax.default_backend() == "gpu"
     dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, scan_layers=on_gpu))()
+    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()
     limit = prompt + new + 16
     engine = LLMEngine(
         model,

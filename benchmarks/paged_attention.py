@@ -8,8 +8,9 @@ same decode through blocks of each size, and over contiguous keys and values (on
 TFLOP/s of chunks against cached prefixes, beside `flash_attention` of the same shape. `gather` compares the xla
 implementation with gathering each sequence's pages and calling `jax.nn.dot_product_attention`, at SmolLM2's shape.
 
-Each figure is the median over repeats of the mean of several calls; contestants take turns in each repeat. On a CPU it
-runs the xla kernels at small size.
+Each figure is the median over repeats of the mean of several calls; contestants take turns in each repeat. A call of
+paged attention, or of what it is compared with, is one of ten in a row in one program, each on the output of the one
+before, as in a model of ten layers. On a CPU it runs the xla kernels at small size.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pallas_kernels import KVCache, PagedBatch, flash_attention, paged_attention
 ON_GPU = jax.default_backend() == "gpu"
 DTYPE = jnp.bfloat16 if ON_GPU else jnp.float32
 REPEATS = 5
+CHAINED = 10 if ON_GPU else 2
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -74,31 +76,47 @@ def problem(
     return jax.random.normal(jax.random.key(2), (sum(new), N, H), DTYPE), KVCache(keys, values), batch
 
 
-def attention(*arguments: Any) -> Call:
-    return partial(jax.jit(paged_attention), *arguments, 0)
+def chained(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """CHAINED calls in one program, each with the output of the one before as its query."""
+
+    @jax.jit
+    def run(query: jax.Array, *others: Any) -> jax.Array:
+        for _ in range(CHAINED):
+            query = attend(query, *others)
+        return query
+
+    return run
+
+
+def attention(query: jax.Array, cache: KVCache, batch: PagedBatch) -> Call:
+    return partial(chained(lambda query, cache, batch: paged_attention(query, cache, batch, 0)), query, cache, batch)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy far larger than the caches."""
+    x = jnp.ones(2**30 if ON_GPU else 2**22, jnp.bfloat16)
+    return 2 * x.nbytes / seconds({"copy": partial(jax.jit(lambda x: x + 1), x)}, each=4)["copy"]
 
 
 def decode() -> list[Row]:
     """Share of the bandwidth of a copy, over batch and length."""
     rows = []
-    shapes = [(B, length, K) for K in (4, 8, 32) for B in (1, 16, 64) for length in (1024, 4096, 8192, 65536)]
-    # 8 GB of keys and values at most.
-    shapes = [s for s in shapes if s[0] * s[1] * s[2] <= 64 * 8192 * 32] if ON_GPU else [(4, 256, 4), (4, 256, 8)]
-    for B, length, K in shapes:
+    bandwidth = copy_bandwidth()
+    shapes = [(1, 8192), (1, 65536), (16, 1024), (16, 8192), (64, 512), (64, 1024), (64, 8192)]
+    if not ON_GPU:
+        shapes = [(4, 256)]
+    for B, length, K in [(*shape, K) for K in (4, 8, 32) for shape in shapes]:
         query, cache, batch = problem([1] * B, [length] * B, 32, K, 128, 16)
         size = cache.keys.nbytes + cache.values.nbytes
-        copy = jax.jit(lambda cache: jax.tree.map(lambda x: x + 1, cache))  # reads and writes as many bytes
-        found = seconds({"decode": attention(query, cache, batch), "copy": partial(copy, cache)})
-        bandwidth = 2 * size / found["copy"]
+        time = seconds({"decode": attention(query, cache, batch)}, each=3)["decode"] / CHAINED
         rows.append(
             {
                 "batch": B,
                 "length": length,
                 "kv heads": K,
-                "us": found["decode"] * 1e6,
-                "GB/s": size / found["decode"] / 1e9,
-                "copy GB/s": bandwidth / 1e9,
-                "share %": 100 * size / found["decode"] / bandwidth,
+                "us": time * 1e6,
+                "GB/s": size / time / 1e9,
+                "share of a copy": size / time / bandwidth,
             }
         )
     return rows
@@ -111,8 +129,11 @@ def blocks() -> list[Row]:
     for size in (8, 16, 32, 64, 128, 256, length):
         name = "contiguous" if size == length else str(size)
         calls[name] = attention(*problem([1] * B, [length] * B, 32, 8, 128, size))
-    found = seconds(calls)
-    return [{"block size": name, "us": t * 1e6, "of contiguous": t / found["contiguous"]} for name, t in found.items()]
+    found = seconds(calls, each=3)
+    return [
+        {"block size": name, "us": t / CHAINED * 1e6, "of contiguous": t / found["contiguous"]}
+        for name, t in found.items()
+    ]
 
 
 def prefill() -> list[Row]:
@@ -124,9 +145,9 @@ def prefill() -> list[Row]:
         query, cache, batch = problem([new] * B, [context] * B, 32, 8, 128, 16)
         dense = query.reshape(B, new, 32, 128)
         key, value = (jax.random.normal(jax.random.key(i), (B, context, 8, 128), DTYPE) for i in range(2))
-        flash = jax.jit(partial(flash_attention, is_causal=True, query_offset=prefix))
-        found = seconds({"paged": attention(query, cache, batch), "flash": partial(flash, dense, key, value)})
-        flops = 4 * B * 32 * 128 * (new * prefix + new * (new + 1) / 2)
+        flash = chained(partial(flash_attention, is_causal=True, query_offset=prefix))
+        found = seconds({"paged": attention(query, cache, batch), "flash": partial(flash, dense, key, value)}, each=3)
+        flops = CHAINED * 4 * B * 32 * 128 * (new * prefix + new * (new + 1) / 2)
         rows.append(
             {"sequences": B, "new": new, "prefix": prefix}
             | {f"{name} TFLOP/s": flops / t / 1e12 for name, t in found.items()}

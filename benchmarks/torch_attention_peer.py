@@ -1,4 +1,4 @@
-"""PyTorch's attention backends on the GPU, for `gpu.py`.
+"""PyTorch's attention backends on the GPU, for `attention_gpu.py`.
 
 Reads problems as JSON from standard input and writes seconds as JSON to standard output.
 """

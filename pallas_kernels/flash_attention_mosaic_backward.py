@@ -54,12 +54,16 @@ Gradient = Literal["dq", "dk", "dv"]
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots."""
+    """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots.
+
+    overlaps: dP is computed under the exponentials of S, and takes registers beside them.
+    """
 
     own: int = 64
     step: int = 64
     warpgroups: int = 2
     stages: int = 2
+    overlaps: bool = True
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -86,7 +90,11 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:
         return BackwardConfig(((("dk",), tiles), (("dv",), tiles), (("dq",), tiles)))
-    single = TileConfig(stages=1, warpgroups=1 if spec.dropout_rate > 0.0 else 2)
+    single = TileConfig(
+        stages=1,
+        warpgroups=1 if spec.dropout_rate > 0.0 and operands.query_segments is None else 2,
+        overlaps=(spec.soft_cap, spec.dropout_rate, spec.lower, operands.query_segments) == (None, 0.0, None, None),
+    )
     return BackwardConfig(((("dk",), single), (("dv",), tiles), (("dq",), single)))
 
 
@@ -273,7 +281,7 @@ class _Block:
 
         def sum_head(visits, head, done):
             def step(index, tile, partial):
-                products = [plgpu.ACC(launch.shape, jnp.float32)] * (1 + launch.sums_ds)
+                products = [plgpu.ACC(launch.shape, jnp.float32)] * (1 + (launch.sums_ds and self.tiles.overlaps))
                 pl.run_scoped(
                     lambda *products: self.step(done + index, tile, partial, held, products, accumulators), *products
                 )
@@ -300,12 +308,20 @@ class _Block:
         plgpu.barrier_wait(memory["full"].at[at])
         for product, a, b in zip(products, own, step, strict=False):
             multiply_transposed(product, a, b)
-        logits = plgpu.wgmma_accumulator_load(products[0], wait_n=launch.panels * launch.sums_ds)
+        logits = plgpu.wgmma_accumulator_load(products[0], wait_n=launch.panels * (len(products) - 1))
         p, weight = self.weights(logits, tile, partial, row_values)
         if launch.sums_p:
             multiply(accumulators[-launch.panels :], self.kept(p).astype(launch.dtype), step[1], staging)
         if launch.sums_ds:
-            dp = plgpu.wgmma_accumulator_load(products[1], wait_n=launch.panels * launch.sums_p)
+            if self.tiles.overlaps:
+                dp = plgpu.wgmma_accumulator_load(products[1], wait_n=launch.panels * launch.sums_p)
+            else:
+
+                def product(acc):
+                    multiply_transposed(acc, own[1], step[1])
+                    return acc[...]
+
+                dp = pl.run_scoped(product, plgpu.ACC(launch.shape, jnp.float32))
             ds = self.logit_gradient(weight, dp, row_values("rows", 1)).astype(launch.dtype)
             multiply(accumulators[: launch.panels], ds, step[0], staging)
         if launch.owns_keys:

@@ -51,6 +51,14 @@ class Shape:
 LLAMA_3_8B = Shape("llama-3-8b", 1, 8192, 32, 8, 128)
 GPT_2 = Shape("gpt-2", 8, 1024, 12, 12, 64)
 HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in (64, 128, 256))
+PAGED = (
+    Shape("llama-3-8b", 64, 8192, 32, 8, 128),
+    Shape("32-of-4", 64, 8192, 32, 4, 128),
+    Shape("multi-head", 64, 8192, 32, 32, 128),
+    Shape("head-64", 64, 8192, 32, 8, 64),
+    Shape("head-256", 64, 8192, 16, 8, 256),
+    Shape("smollm2", 64, 8192, 9, 3, 64),
+)
 
 
 def kernel_list() -> list[Entry]:
@@ -59,6 +67,8 @@ def kernel_list() -> list[Entry]:
         *flash_entries(LLAMA_3_8B, "causal"),
         *flash_entries(GPT_2, "causal"),
         *(decode_entry(shape, *sizes) for shape in (LLAMA_3_8B, GPT_2) for sizes in ((64, 2048), (1, 65536))),
+        *(paged_entry(shape, new, 16) for shape in PAGED for new in (1, 512)),
+        *(paged_entry(PAGED[0], new, block_size) for new in (1, 512) for block_size in (32, 64, 128, 256)),
         *cache_entries("decode", tokens=64),
         *cache_entries("prefill", tokens=2048),
         *(entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)),
@@ -110,6 +120,29 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
         return length**2
     seen = options.get("local_window_size", (length - 1, 0))[0] + 1  # by the last row
     return seen * length - seen * (seen - 1) / 2
+
+
+def paged_entry(shape: Shape, new: int, block_size: int) -> Entry:
+    """Attention of the `new` last tokens of B sequences through block tables: decode, if it is one, else prefill."""
+    B, length = shape.B if new == 1 else 4, shape.length
+    pages = jax.ShapeDtypeStruct((2, shape.B * length // block_size, block_size, shape.K, shape.H), jnp.bfloat16)
+    integers = [
+        jax.ShapeDtypeStruct(sizes, jnp.int32) for sizes in ((B, length // block_size), (B,), (B + 1,), (B * new,), ())
+    ]
+    query = jax.ShapeDtypeStruct((B * new, shape.N, shape.H), jnp.bfloat16)
+
+    def attend(query, keys, values, *integers):
+        batch = PagedBatch(*integers, max_query_len=new)
+        return paged_attention(query, KVCache(keys, values), batch, 0, implementation="mosaic")
+
+    pairs = new * length - new * (new - 1) / 2
+    moved = 2 * B * shape.H * (2 * shape.K * length + 2 * shape.N * new)
+    return Entry(
+        f"{'paged-decode' if new == 1 else 'paged-prefill'} {shape.name} block-{block_size}",
+        lambda: (attend, (query, pages, pages, *integers)),
+        flops=4 * B * shape.N * shape.H * pairs,
+        bytes=moved,
+    )
 
 
 def decode_entry(shape: Shape, sequences: int, context: int) -> Entry:

@@ -122,7 +122,7 @@ MUTANTS = {
     "first tile of the diagonal": ("first + self.config.keys > self.position + 1", "first > self.position"),
     "window not masked": ("checks.append(column >= row - self.launch.window_left)", "pass"),
     "not drained": ('drain(self.steps, pages.stages, memory[f"{x}_free"])', "pass"),
-    "rows of a neighbour": ("count & (-2 * size)", "count & (-2 * size) & ~1"),
+    "rows at a wrong place": ("count & (-2 * size)", "0"),
     "stores not awaited": ("plgpu.wait_smem_to_gmem(0, wait_read_only=panel + 1 < len(accs))", "pass"),
     "not rescaled": ("acc[...] = acc[...] * broadcast(alpha, acc.shape, 0)", "pass"),
 }
