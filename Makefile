@@ -16,7 +16,7 @@ demo: .venv/ready  ## Answer a handful of prompts with the demo model
 	@$(PY) examples/demo.py
 
 test: lint  ## Lint, then run all tests (with ARGS="-k name" for pytest: those of the CPU that it selects)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist worksteal)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory aot)
 
 aot: .venv-aot/ready  ## Compile the kernels for GPUs that are not here, and check their machine code (ARGS too)
