@@ -90,12 +90,14 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:
         return BackwardConfig(((("dk",), tiles), (("dv",), tiles), (("dq",), tiles)))
-    single = TileConfig(
-        stages=1,
-        warpgroups=1 if spec.dropout_rate > 0.0 and operands.query_segments is None else 2,
-        overlaps=(spec.soft_cap, spec.dropout_rate, spec.lower, operands.query_segments) == (None, 0.0, None, None),
+    # Here ptxas is at its limit, and a register more or less decides: these are what gave none away to memory.
+    segmented, dropping = operands.query_segments is not None, spec.dropout_rate > 0.0
+    crowded = segmented or dropping or spec.soft_cap is not None or spec.lower is not None
+    dk = TileConfig(
+        stages=1, warpgroups=1 if crowded and not segmented else 2, overlaps=spec.upper is not None and not crowded
     )
-    return BackwardConfig(((("dk",), single), (("dv",), tiles), (("dq",), single)))
+    dq = TileConfig(stages=1, warpgroups=1 if dropping else 2, overlaps=not crowded)
+    return BackwardConfig(((("dk",), dk), (("dv",), tiles), (("dq",), dq)))
 
 
 def backward(
