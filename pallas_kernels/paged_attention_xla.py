@@ -128,7 +128,9 @@ def _shared(
     leads = (groups.lens > 0) & (groups.starts == jnp.arange(R))
     (leaders,) = jnp.nonzero(leads, size=R, fill_value=0)
     # The last turn of a group may reach past the last sequence.
-    query, low, *start = (jnp.pad(x, [(0, SHARING)] + [(0, 0)] * (x.ndim - 1)) for x in (query, low, *start))
+    query, low, softmax = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, SHARING)] + [(0, 0)] * (x.ndim - 1)), (query, low, start)
+    )
 
     def add(softmax: tuple, row: Array, stop: Array, key: Array, value: Array, position: Array, length: Array) -> tuple:
         """One more tile into the running softmax of the rows from `row` on, but not from `stop` on."""
@@ -166,8 +168,8 @@ def _shared(
 
         return lax.fori_loop(least // tile, -(-length // tile), step, softmax)
 
-    softmax = lax.fori_loop(0, leads.sum(), group, tuple(start))
-    return tuple(x[:R] for x in softmax)
+    softmax = lax.fori_loop(0, leads.sum(), group, softmax)
+    return jax.tree.map(lambda x: x[:R], softmax)
 
 
 def _fold(softmax: tuple, item: tuple) -> tuple:

@@ -151,7 +151,8 @@ def _paged_entry(
     integers = [jax.ShapeDtypeStruct(size, jnp.int32) for size in (*sizes, *[row] * bool(shared))]
 
     def attend(query, keys, values, layer, *integers):
-        batch = PagedBatch(*integers[:5], new, *integers[5:])
+        shared_prefixes = integers[5] if shared else None
+        batch = PagedBatch(*integers[:5], max_query_len=new, shared_prefix_lens=shared_prefixes)
         return paged_attention(query, KVCache(keys, values), batch, layer, implementation="mosaic")
 
     arguments = (query, pages, pages, jax.ShapeDtypeStruct((), jnp.int32), *integers)

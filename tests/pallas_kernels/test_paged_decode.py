@@ -121,13 +121,10 @@ def test_windows_skip_the_blocks_outside():
 
 def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
     config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
-    prefix, place, members = ([640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
-    items = paged_decode.split(
-        *(jnp.asarray(x, jnp.int32) for x in ([0] * 5, prefix)),
-        8192,
-        config,
-        *(jnp.asarray(x, jnp.int32) for x in (place, members)),
+    low, prefix, place, members = (
+        jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
     )
+    items = paged_decode.split(low, prefix, 8192, config, place, members)
     assert np.asarray(items.fields)[: int(items.total[0])].tolist() == [
         [0, 0, 512, 0, 0, 2, 2],
         [0, 512, 640, 0, 1, 2, 2],
