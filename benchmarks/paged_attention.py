@@ -1,12 +1,13 @@
 """paged_attention's speed: decode over batch and length, block sizes, prefill, and what gathering the pages would cost.
 
-    python benchmarks/paged_attention.py [--what decode,blocks,prefill,gather] [--json FILE]
+    python benchmarks/paged_attention.py [--what decode,blocks,prefill,shared,gather] [--json FILE]
 
 On a Hopper GPU: bf16, 32 query heads of 128. `decode` gives the share of the bandwidth that a copy of the same bytes
 within the device's memory has in the same run. `blocks` is the paper's ablation (arXiv 2309.06180, section 7.1): the
 same decode through blocks of each size, and over contiguous keys and values (one block a sequence). `prefill` gives
-TFLOP/s of chunks against cached prefixes, beside `flash_attention` of the same shape. `gather` compares the xla
-implementation with gathering each sequence's pages and calling `jax.nn.dot_product_attention`, at SmolLM2's shape.
+TFLOP/s of chunks against cached prefixes, beside `flash_attention` of the same shape. `shared` is a decode of sequences
+that share a prefix, read once for all and once for each. `gather` compares the xla implementation with gathering each
+sequence's pages and calling `jax.nn.dot_product_attention`, at SmolLM2's shape.
 
 Each figure is the median over repeats of the mean of several calls; contestants take turns in each repeat. A call of
 paged attention, or of what it is compared with, is one of ten in a row in one program, each on the output of the one
@@ -17,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -156,6 +158,26 @@ def prefill() -> list[Row]:
     return rows
 
 
+def shared() -> list[Row]:
+    """Decode of sequences with a prefix in common and 256 tokens of their own, the prefix read once and by each."""
+    rows = []
+    for B, prefix in [(8, 1024), (64, 1024), (64, 4096)] if ON_GPU else [(16, 512)]:
+        query, cache, batch = problem([1] * B, [prefix + 256] * B, 32, 8, 128, 16)
+        tables = batch.block_tables.at[:, : prefix // 16].set(batch.block_tables[0, : prefix // 16])
+        alone = replace(batch, block_tables=tables)
+        together = replace(alone, shared_prefix_lens=jnp.full(B, prefix, jnp.int32))
+        calls = {"once": attention(query, cache, together), "by each": attention(query, cache, alone)}
+        outputs = [np.asarray(call(), np.float32) for call in calls.values()]
+        np.testing.assert_allclose(*outputs, rtol=2e-2, atol=2e-2)
+        found = seconds(calls)
+        rows.append(
+            {"sequences": B, "prefix": prefix}
+            | {f"{name} us": t * 1e6 for name, t in found.items()}
+            | {"times as fast": found["by each"] / found["once"]}
+        )
+    return rows
+
+
 def gather() -> list[Row]:
     """xla decode beside gathering the pages, batch 16, lengths 64 to 2,048 drawn at random, SmolLM2's heads."""
     contexts = np.random.default_rng(0).integers(64, 2049, 16).tolist()
@@ -177,7 +199,7 @@ def gather() -> list[Row]:
     ]
 
 
-MEASUREMENTS = {"decode": decode, "blocks": blocks, "prefill": prefill, "gather": gather}
+MEASUREMENTS = {"decode": decode, "blocks": blocks, "prefill": prefill, "shared": shared, "gather": gather}
 
 
 def main() -> None:

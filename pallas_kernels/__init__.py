@@ -9,6 +9,7 @@ from .flash_attention import flash_attention as flash_attention
 from .flax_attention import flax_attention_fn as flax_attention_fn
 from .host_pool import HostPool as HostPool
 from .kv_cache import KVCache as KVCache
+from .kv_head_sharding import kv_head_sharding as kv_head_sharding
 from .paged_attention import paged_attention as paged_attention
 from .paged_batch import PagedBatch as PagedBatch
 from .rotary import rotate as rotate

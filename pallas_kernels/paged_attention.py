@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from .arguments import check_implementation, check_soft_cap, window_sides
-from .devices import lacks_mosaic
+from .devices import lacks_mosaic, lacks_own_shard
 from .kv_cache import KVCache, check_layer
 from .paged_attention_xla import paged_attention_xla
 from .paged_batch import PagedBatch
@@ -33,7 +33,12 @@ def paged_attention(
 
     Any mix of decodes and (chunked) prefills: the last new token of a sequence stands at position
     `context_lens - 1` and sees its whole context, the one before it one token less, and so on. The keys and
-    values of the new tokens themselves must have been written (`write_kv`) before.
+    values of the new tokens themselves must have been written (`write_kv`) before. Where the cache is sharded over
+    its kv heads, call this inside `jax.shard_map` (`kv_head_sharding`); outside of it, XLA serves.
+
+    Prefixes that decodes share (`PagedBatch.shared_prefix_lens`) are read once for a group of them, by "xla" and by
+    "mosaic" (there for as many sequences as have 32 query heads a kv head together), and added to the rest by their
+    log-sum-exp. With a window, "mosaic" reads each sequence's blocks for itself, as "reference" always does.
 
     Args:
       query: T packed tokens, N query heads of dimension H; N is a multiple of the cache's kv heads.
@@ -79,7 +84,7 @@ def _backend(query: Array, cache: KVCache, batch: PagedBatch, name: Implementati
         return _reference
     if name == "xla":
         return paged_attention_xla
-    reason = lacks_mosaic()
+    reason = lacks_mosaic() or lacks_own_shard(cache.keys)
     if reason is None:
         # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
         from . import paged_attention_mosaic as mosaic
@@ -118,6 +123,7 @@ def _check_batch(batch: PagedBatch) -> None:
         ("block_tables", batch.block_tables.shape, (R, *batch.block_tables.shape[1:2])),
         ("context_lens", batch.context_lens.shape, (R,)),
         ("query_starts", batch.query_starts.shape, (R + 1,)),
+        ("shared_prefix_lens", getattr(batch.shared_prefix_lens, "shape", (R,)), (R,)),
     ):
         if shape != expected or (name == "block_tables" and len(shape) != 2):
             wanted = f"[{R}, max_blocks]" if name == "block_tables" else expected

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from . import paged_decode, paged_merge, paged_prefill
 from .flash_forward_config import ForwardConfig
 from .kv_cache import KVCache
-from .paged_batch import PagedBatch
+from .paged_batch import PagedBatch, prefix_groups
 from .paged_decode import DecodeConfig
 
 
@@ -57,25 +57,51 @@ class Options(NamedTuple):
 
 
 def decode(
-    query: Array, cache: KVCache, batch: PagedBatch, tables: Array, options: Options, config: DecodeConfig | None = None
+    query: Array,
+    cache: KVCache,
+    batch: PagedBatch,
+    tables: Array,
+    options: Options,
+    config: DecodeConfig | None = None,
+    shared_config: DecodeConfig | None = None,
 ) -> Array:
-    """The output of the first rows, which are the decodes'; zeros in those that are not. The head dim is padded."""
+    """The output of the first rows, which are the decodes'; zeros in those that are not. The head dim is padded.
+
+    Prefixes that they share go first, several sequences an item. With a window they do not: it differs between them,
+    and leaves little of a prefix.
+    """
     T, N, H = query.shape
     K, R = cache.num_kv_heads, min(T, len(tables))
     config = config or paged_decode.default_config(K, N // K, H)
-    lengths = jnp.where(jnp.arange(R) < batch.num_decodes, batch.context_lens[:R], 0)
-    items = paged_decode.split(lengths, options.window_left, tables.shape[1] * cache.block_size, config)
-    parts, lse = paged_decode.attend(
+    max_tokens = tables.shape[1] * cache.block_size
+    attend = partial(
+        paged_decode.attend,
         query[:R],
         cache.keys,
         cache.values,
         tables,
-        items,
         scale=options.scale,
         soft_cap=options.logits_soft_cap,
-        config=config,
     )
-    return paged_merge.merge(parts, lse, items.runs, paged_decode.columns_of_heads(N, K), dtype=query.dtype)
+    lengths = jnp.where(jnp.arange(R) < batch.num_decodes, batch.context_lens[:R], 0)
+    low, sources = jnp.zeros_like(lengths), []
+    if options.window_left is not None:
+        low = jnp.maximum(lengths - 1 - options.window_left, 0)
+    elif (groups := prefix_groups(batch, R)) is not None:
+        members = paged_decode.MAX_COLUMNS // (N // K)
+        shared_config = shared_config or paged_decode.default_config(K, members * (N // K), H)
+        row = jnp.arange(R, dtype=jnp.int32)
+        place = (row - groups.starts) % members
+        items = paged_decode.split(
+            low, groups.lens, max_tokens, shared_config, place, jnp.minimum(groups.stops - row, members)
+        )
+        parts = attend(items, config=shared_config, members=members)
+        sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K, members)))
+        low = groups.lens
+    items = paged_decode.split(low, lengths, max_tokens, config)
+    parts = attend(items, config=config)
+    sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K)))
+    return paged_merge.merge(sources, group=N // K, dtype=query.dtype)
 
 
 def prefill(

@@ -9,11 +9,12 @@ from jax import lax
 from jaxtyping import Array
 
 from .kv_cache import KVCache
-from .paged_batch import PagedBatch
+from .paged_batch import PagedBatch, PrefixGroups, prefix_groups
 
 KV_TILE = 128  # tokens; rounded up to whole blocks
 QUERY_TILE = 64  # tokens of a prefill
 DECODE_ITEMS = 8  # (sequence, tile) pairs a turn
+SHARING = 8  # sequences a turn over the tile of a prefix that they share
 # The running maximum starts finite, so that exp(x - m) of a wholly masked tile is 0 and not NaN.
 LOWEST = -1e30
 
@@ -55,7 +56,8 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
 
     A worklist of (sequence, tile) items in order, several a turn, as many turns as there are items. A turn's
     partial results are folded one after the other into a running softmax that starts anew at each sequence's
-    first tile: what a sequence adds up, and in which order, never depends on its neighbours.
+    first tile: what a sequence adds up, and in which order, never depends on its neighbours. Where the sequence
+    shares a prefix, it starts from the prefix's softmax, and the first tile is that of the prefix's end.
     """
     T, N, H = query.shape
     R, K, tile = min(T, tables.shape[0]), cache.num_kv_heads, options.tile
@@ -66,9 +68,14 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
     wide = wide.reshape(R, N, K * H)
 
     lens = jnp.where(jnp.arange(R) < batch.num_decodes, batch.context_lens[:R], 0)
-    first_tile = jnp.zeros_like(lens)
+    low = jnp.zeros_like(lens)  # the first token that is visible, and is no part of a shared prefix
     if options.window_left is not None:
-        first_tile = jnp.maximum(lens - 1 - options.window_left, 0) // tile
+        low = jnp.maximum(lens - 1 - options.window_left, 0)
+    start = (jnp.full((R, N), LOWEST), jnp.zeros((R, N)), jnp.zeros((R, N, H)))
+    if (groups := prefix_groups(batch, R)) is not None:
+        start = _shared(query[:R], cache, groups, low, tables, layer, options, start)
+        low = jnp.maximum(low, groups.lens)
+    first_tile = low // tile
     ends = jnp.cumsum(-(-lens // tile) - first_tile)  # of each sequence's items in the worklist
     starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
 
@@ -81,9 +88,7 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
         t = jnp.where(is_real, items - starts[row] + first_tile[row], 0)
         key, value = _load_tile(cache, layer, tables, row, t, tile)
         position = (t * tile)[:, None] + jnp.arange(tile)[None]
-        visible = position < lens[row][:, None]
-        if options.window_left is not None:
-            visible &= position >= lens[row][:, None] - 1 - options.window_left
+        visible = (position >= low[row][:, None]) & (position < lens[row][:, None])
         logits = jnp.einsum(
             "inc,itc->int", wide[row], key.reshape(*key.shape[:2], -1), preferred_element_type=jnp.float32
         )
@@ -95,22 +100,84 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
         acc = acc.reshape(-1, K, N // K, K, H)
         acc = jnp.stack([acc[:, k, :, k] for k in range(K)], axis=1).reshape(-1, N, H)
         partials = (m, p.sum(-1), acc)
-        softmax, merged = lax.scan(_fold, softmax, (partials, items == starts[row]))
+        begun = jax.tree.map(lambda x: x[row], start)
+        softmax, merged = lax.scan(_fold, softmax, (partials, begun, items == starts[row]))
         finished = jnp.where(is_real & (items == ends[row] - 1), row, T)
         return item + items_a_turn, softmax, out.at[finished].set(merged.astype(out.dtype), mode="drop")
 
-    start = (jnp.full((N,), LOWEST), jnp.zeros((N,)), jnp.zeros((N, H)))
-    state = (jnp.int32(0), start, jnp.zeros_like(query))
+    state = (jnp.int32(0), jax.tree.map(lambda x: x[0], start), jnp.zeros_like(query))
     return lax.while_loop(lambda state: state[0] < ends[-1], turn, state)[2]
+
+
+def _shared(
+    query: Array,
+    cache: KVCache,
+    groups: PrefixGroups,
+    low: Array,
+    tables: Array,
+    layer: Array,
+    options: Options,
+    start: tuple,
+) -> tuple:
+    """The running softmax of each sequence after its shared prefix, from `low` on; `start` where it shares none.
+
+    A tile is loaded once for a group, and its sequences take their turns with it.
+    """
+    R, N, H = query.shape
+    K, tile = cache.num_kv_heads, options.tile
+    leads = (groups.lens > 0) & (groups.starts == jnp.arange(R))
+    (leaders,) = jnp.nonzero(leads, size=R, fill_value=0)
+    # The last turn of a group may reach past the last sequence.
+    query, low, softmax = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, SHARING)] + [(0, 0)] * (x.ndim - 1)), (query, low, start)
+    )
+
+    def add(softmax: tuple, row: Array, stop: Array, key: Array, value: Array, position: Array, length: Array) -> tuple:
+        """One more tile into the running softmax of the rows from `row` on, but not from `stop` on."""
+        q, first, *mine = (lax.dynamic_slice_in_dim(x, row, SHARING) for x in (query, low, *softmax))
+        m, total, acc = mine
+        q = q.reshape(SHARING, K, N // K, H)
+        logits = jnp.einsum("rkgh,tkh->rkgt", q, key, preferred_element_type=jnp.float32).reshape(SHARING, N, tile)
+        visible = (position >= first[:, None]) & (position < length)
+        logits = _mask(logits, visible[:, None], options)
+        m_new = jnp.maximum(m, logits.max(-1))
+        alpha, p = jnp.exp(m - m_new), jnp.exp(logits - m_new[..., None])
+        weights = p.astype(value.dtype).reshape(SHARING, K, N // K, tile)
+        pv = jnp.einsum("rkgt,tkh->rkgh", weights, value, preferred_element_type=jnp.float32).reshape(acc.shape)
+        new = (m_new, total * alpha + p.sum(-1), acc * alpha[..., None] + pv)
+        member = row + jnp.arange(SHARING) < stop
+        kept = (jnp.where(jnp.expand_dims(member, range(1, x.ndim)), x, old) for x, old in zip(new, mine, strict=True))
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, row, 0) for x, y in zip(softmax, kept, strict=True))
+
+    def group(index: Array, softmax: tuple) -> tuple:
+        first = leaders[index]
+        stop, length = groups.stops[first], groups.lens[first]
+        row = jnp.arange(R + SHARING)
+        least = jnp.where((row >= first) & (row < stop), low, length).min()  # what anybody sees
+
+        def step(t: Array, softmax: tuple) -> tuple:
+            key, value = _load_tile(cache, layer, tables, first[None], t[None], tile)
+            position = (t * tile + jnp.arange(tile))[None]
+            seen = (position[0] >= least) & (position[0] < length)
+            value = jnp.where(seen[:, None, None], value[0], 0)
+
+            def turn(turn: Array, softmax: tuple) -> tuple:
+                return add(softmax, first + turn * SHARING, stop, key[0], value, position, length)
+
+            return lax.fori_loop(0, -(-(stop - first) // SHARING), turn, softmax)
+
+        return lax.fori_loop(least // tile, -(-length // tile), step, softmax)
+
+    softmax = lax.fori_loop(0, leads.sum(), group, softmax)
+    return jax.tree.map(lambda x: x[:R], softmax)
 
 
 def _fold(softmax: tuple, item: tuple) -> tuple:
     """One more tile into the running (maximum, sum, output) of Algorithm 1, arXiv 2205.14135."""
-    (m_tile, total_tile, acc_tile), is_first = item
-    m, total, acc = softmax
-    m_new = jnp.where(is_first, m_tile, jnp.maximum(m, m_tile))
-    alpha = jnp.where(is_first, 0.0, jnp.exp(m - m_new))
-    beta = jnp.exp(m_tile - m_new)
+    (m_tile, total_tile, acc_tile), begun, is_first = item
+    m, total, acc = jax.tree.map(partial(jnp.where, is_first), begun, softmax)
+    m_new = jnp.maximum(m, m_tile)
+    alpha, beta = jnp.exp(m - m_new), jnp.exp(m_tile - m_new)
     total = total * alpha + total_tile * beta
     acc = acc * alpha[:, None] + acc_tile * beta[:, None]
     return (m_new, total, acc), acc / jnp.where(total > 0, total, 1.0)[:, None]

@@ -8,6 +8,9 @@ softmax has little to do. Each item leaves its output and log-sum-exp in float32
 
 How a sequence is cut depends on its own length and on static sizes alone, and each part is computed and added up in
 the same order whatever else the batch holds: so are its bits.
+
+Where sequences share a prefix, an item of it has the queries of several of them as its columns, and leaves a part for
+each; that is a launch of its own, before that of what they have for themselves.
 """
 
 import math
@@ -71,7 +74,7 @@ class DecodeConfig:
 
 def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig:
     """For so many query heads a kv head (`group`)."""
-    columns = padded_group(group)
+    columns = padded_columns(group)
     fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
     heads = next(d for d in fits if d == 1 or (d * padded(head_dim) <= 256 and d * columns <= MAX_COLUMNS))
     width = padded(head_dim)
@@ -89,48 +92,71 @@ def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -
         return f"its head dims are at most 256, got {head_dim}"
     if num_kv_heads * head_dim % 8:
         return f"a token's keys must be a multiple of 16 bytes, got {num_kv_heads} kv heads of head dim {head_dim}"
-    if padded_group(group) > MAX_COLUMNS:
+    if group > MAX_COLUMNS:
         return f"it takes at most {MAX_COLUMNS} query heads a kv head, got {group}"
     return None
 
 
-def padded_group(group: int) -> int:
+def padded_columns(queries: int) -> int:
     """Columns of a kv head's queries: wgmma has them in eights."""
-    return -(-group // 8) * 8
+    return -(-queries // 8) * 8
 
 
-def columns_of_heads(query_heads: int, kv_heads: int) -> Int32[Array, " N"]:
-    """The column of each query head among the padded ones of all kv heads."""
+def columns_of_heads(query_heads: int, kv_heads: int, members: int = 1) -> Int32[Array, " N"]:
+    """The column of each query head of an item's first sequence among the padded ones of all kv heads."""
     group = query_heads // kv_heads
     head = jnp.arange(query_heads, dtype=jnp.int32)
-    return head // group * padded_group(group) + head % group
+    return head // group * padded_columns(members * group) + head % group
 
 
 class Items(NamedTuple):
-    """The work: `total` items, in order of the sequences, and of each sequence where its items begin and how many."""
+    """The work: `total` items, in order of the sequences, and of each sequence its parts."""
 
-    fields: Int32[Array, "items 4"]
-    """Sequence, first token (a multiple of TILE), end, and the first token that is visible."""
+    fields: Int32[Array, "items 7"]
+    """Sequence, first token (a multiple of TILE), end, the first token that is visible, the part that the item leaves,
+    and for how many sequences from this one on, how many parts apart."""
     total: Int32[Array, "1"]
-    runs: Int32[Array, "R 2"]
+    runs: Int32[Array, "R 3"]
+    """The first part, how many, and how many sequences before this one are in its items."""
 
 
-def split(lengths: Int32[Array, " R"], window_left: int | None, max_tokens: int, config: DecodeConfig) -> Items:
-    """Cuts the sequences into items; a length of 0 gives none. max_tokens: no sequence is longer."""
-    low = jnp.zeros_like(lengths) if window_left is None else jnp.maximum(lengths - 1 - window_left, 0)
+def split(
+    low: Int32[Array, " R"],
+    stop: Int32[Array, " R"],
+    max_tokens: int,
+    config: DecodeConfig,
+    place: Int32[Array, " R"] | None = None,
+    members: Int32[Array, " R"] | None = None,
+) -> Items:
+    """Cuts the tokens low <= t < stop of each sequence into items; none gives none. max_tokens: none has more.
+
+    Where sequences share items, `place` counts those before each one in its items, and `members` all in them.
+    """
+    place = jnp.zeros_like(low) if place is None else place
+    members = jnp.ones_like(low) if members is None else members
     first = low // TILE * TILE
-    visible = lengths - first
+    visible = stop - first
     size = jnp.maximum(-(-visible // (config.splits * TILE)) * TILE, config.chunk)
     counts = -(-visible // size)
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    starts = ends - counts
+    parts = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    own = jnp.where(place == 0, counts, 0)
+    ends = jnp.cumsum(own, dtype=jnp.int32)
     most = min(config.splits, -(-max_tokens // config.chunk))
-    item = jnp.arange(lengths.shape[0] * most, dtype=jnp.int32)
+    item = jnp.arange(low.shape[0] * most, dtype=jnp.int32)
     row = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
-    row = jnp.minimum(row, lengths.shape[0] - 1)
-    start = first[row] + (item - starts[row]) * size[row]
-    stop = jnp.minimum(start + size[row], lengths[row])
-    return Items(jnp.stack([row, start, stop, low[row]], -1), ends[-1:], jnp.stack([starts, counts], -1))
+    row = jnp.minimum(row, low.shape[0] - 1)
+    nth = item - (ends - own)[row]
+    start = first[row] + nth * size[row]
+    fields = (
+        row,
+        start,
+        jnp.minimum(start + size[row], stop[row]),
+        low[row],
+        parts[row] + nth,
+        members[row],
+        counts[row],
+    )
+    return Items(jnp.stack(fields, -1), ends[-1:], jnp.stack([parts, counts, place], -1))
 
 
 def attend(
@@ -143,16 +169,19 @@ def attend(
     scale: float,
     soft_cap: float | None,
     config: DecodeConfig,
-) -> tuple[Float[Array, "items N padded"], Float[Array, "items columns"]]:
-    """Output and log2-sum-exp2 of each item, float32; entries of items that do not exist are left as they were.
+    members: int = 1,
+) -> tuple[Float[Array, "parts N padded"], Float[Array, "parts columns"]]:
+    """Output and log2-sum-exp2 of each part, float32; entries of parts that do not exist are left as they were.
 
-    tables: blocks of `keys` and `values`, those of all layers counted on. The output's head dim is padded, and the
-    log-sum-exp has the padded columns of all heads (`columns_of_heads`).
+    tables: blocks of `keys` and `values`, those of all layers counted on. members: sequences of an item at most. The
+    output's head dim is padded, and the log-sum-exp has the padded columns of all heads (`columns_of_heads`).
     """
-    N, H = query.shape[1:]
+    R, N, H = query.shape
     block_size, K = keys.shape[2:4]
     query = jnp.pad(query, ((0, 0), (0, 0), (0, padded(H) - H)))
-    launch = _Launch(N // K, H, block_size, K // config.heads, scale, soft_cap, config)
+    if members > 1:  # the queries of neighbouring sequences and the same kv head side by side
+        query = query.reshape(R, K, N // K, -1).swapaxes(0, 1).reshape(K, R * N // K, -1)
+    launch = _Launch(members, N // K, H, block_size, K // config.heads, scale, soft_cap, config)
 
     def kernel(*refs):
         block = _Block(launch, *refs)
@@ -179,6 +208,7 @@ def attend(
 class _Launch:
     """What is static about one launch."""
 
+    members: int  # sequences of an item
     group: int  # query heads a kv head
     head_dim: int
     block_size: int
@@ -188,13 +218,14 @@ class _Launch:
     config: DecodeConfig
 
     @property
-    def padded_group(self) -> int:
-        return padded_group(self.group)
+    def head_columns(self) -> int:
+        """Queries of an item and one of its kv heads, padded."""
+        return padded_columns(self.members * self.group)
 
     @property
     def columns(self) -> int:
         """Queries of an item, padded."""
-        return self.config.heads * self.padded_group
+        return self.config.heads * self.head_columns
 
     @property
     def pages(self) -> PageTiles:
@@ -207,7 +238,7 @@ class _Launch:
         full = plgpu.Barrier(num_arrivals=pages.copies, num_barriers=pages.stages)
         free = plgpu.Barrier(num_barriers=pages.stages)
         return {
-            "queries": tile_memory(pages.heads, pages.head_panels, self.padded_group, PANEL, dtype=dtype),
+            "queries": tile_memory(pages.heads, pages.head_panels, self.head_columns, PANEL, dtype=dtype),
             "keys": pages.memory(dtype),
             "values": pages.memory(dtype),
             "weights": row_tiles(self.columns, TILE, dtype=dtype),
@@ -224,12 +255,14 @@ class _Launch:
 class _Item(NamedTuple):
     """One item, as the kernel reads it."""
 
-    number: Scalar
     heads: Scalar  # which group of kv heads
     sequence: Scalar
     start: Scalar
     stop: Scalar
     low: Scalar
+    part: Scalar
+    members: Scalar
+    stride: Scalar
 
     @property
     def steps(self) -> Scalar:
@@ -255,7 +288,7 @@ class _Block:
             number = self.block + index * self.config.blocks
             place = lax.div(number, jnp.int32(self.launch.groups))
             heads = lax.rem(number, jnp.int32(self.launch.groups))
-            item = _Item(place, heads, *(self.fields[place, i] for i in range(4)))
+            item = _Item(heads, *(self.fields[place, i] for i in range(7)))
             body(item, done)
             return done + item.steps
 
@@ -290,7 +323,10 @@ class _Block:
         query_tma, _ = tile_views(memory["queries"])
         first_head = item.heads * heads
         for head in range(heads):
-            place = (item.sequence, pl.ds((first_head + head) * launch.group, launch.padded_group))
+            outer, inner = item.sequence, first_head + head
+            if launch.members > 1:
+                outer, inner = inner, outer
+            place = (outer, pl.ds(inner * launch.group, launch.head_columns))
             load_tile(self.queries, place, query_tma.at[head], memory["queries_full"])
         plgpu.barrier_wait(memory["queries_full"])
 
@@ -308,13 +344,21 @@ class _Block:
             target[...] = plgpu.layout_cast(scaled, plgpu.Layout.WGMMA_TRANSPOSED)
         memory["lse"][...] = jnp.where(total > 0, m + jnp.log2(safe), -jnp.inf)
         plgpu.commit_smem()
-        for head in range(heads):
-            own = memory["out"].at[pl.ds(head * launch.padded_group, launch.group)]
-            plgpu.copy_smem_to_gmem(
-                own, self.out.at[item.number, pl.ds((first_head + head) * launch.group, launch.group)]
-            )
-        plgpu.copy_smem_to_gmem(memory["lse"], self.lse.at[item.number, pl.ds(item.heads * columns, columns)])
+        if launch.members == 1:
+            self.store(item, 0)
+        else:
+            pl.loop(0, item.members)(partial(self.store, item))
         plgpu.wait_smem_to_gmem(0)
+
+    def store(self, item: _Item, member: Scalar) -> None:
+        """Starts the copies of one sequence's output and of all columns' log-sum-exp to its part."""
+        launch, part = self.launch, item.part + member * item.stride
+        for head in range(self.config.heads):
+            own = self.memory["out"].at[pl.ds(head * launch.head_columns + member * launch.group, launch.group)]
+            place = pl.ds((item.heads * self.config.heads + head) * launch.group, launch.group)
+            plgpu.copy_smem_to_gmem(own, self.out.at[part, place])
+        place = pl.ds(item.heads * launch.columns, launch.columns)
+        plgpu.copy_smem_to_gmem(self.memory["lse"], self.lse.at[part, place])
 
     def step(self, item: _Item, step: Scalar, done: Scalar, m: Array, sums: Array, out: list[Array]) -> tuple:
         """One tile of keys and values into the running softmax (algorithm 1 of arXiv 2205.14135), by columns."""
@@ -370,7 +414,7 @@ class _Block:
     def weighted(self, at: Scalar, panel: int, product: Ref) -> Array:
         """A panel of V^T P^T."""
         for head in range(self.config.heads):
-            own = pl.ds(head * self.launch.padded_group, self.launch.padded_group)
+            own = pl.ds(head * self.launch.head_columns, self.launch.head_columns)
             value = self.launch.pages.panel(self.memory["values"], at, head * self.launch.pages.head_panels + panel)
             weights = self.memory["weights"].at[own].transpose((1, 0))
             plgpu.wgmma(self.of_head(product, head), value.transpose((1, 0)), weights)
@@ -380,4 +424,4 @@ class _Block:
         """The columns of a kv head's queries."""
         if self.config.heads == 1:
             return product
-        return product.at[:, pl.ds(head * self.launch.padded_group, self.launch.padded_group)]
+        return product.at[:, pl.ds(head * self.launch.head_columns, self.launch.head_columns)]

@@ -4,6 +4,10 @@ A thread block for each sequence and query head reads the parts by TMA, some at 
 other: in the same order whatever else the batch holds.
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,27 +24,27 @@ COPY = 8  # parts of one copy
 PARTS = 32  # parts in shared memory at once: 16 KB at head dim 128, so that a multiprocessor holds many blocks
 
 
-def merge(
-    parts: Float[Array, "items N H"],
-    lse: Float[Array, "items columns"],
-    runs: Int32[Array, "R 2"],
-    columns: Int32[Array, " N"],
-    *,
-    dtype: DTypeLike,
-) -> Float[Array, "R N H"]:
-    """Softmax-weighted sums of the parts.
+class Parts(NamedTuple):
+    """What one launch leaves."""
 
-    Args:
-      parts, lse: outputs and log2-sum-exp2, float32.
-      runs: of each sequence, its first part and how many there are; none gives zeros.
-      columns: where in `lse` each query head stands.
-    """
-    N, H = parts.shape[1:]
-    R = runs.shape[0]
+    out: Float[Array, "parts N H"]
+    lse: Float[Array, "parts columns"]
+    """log2-sum-exp2."""
+    runs: Int32[Array, "R 3"]
+    """Of each sequence, its first part, how many there are, and the sequences before it in their columns."""
+    columns: Int32[Array, " N"]
+    """Where in `lse` each query head stands, `group` further on for the next sequence."""
 
-    def kernel(parts_ref, lse_ref, runs_ref, column_ref, out_ref, memory):
-        row, head = lax.axis_index("row"), lax.axis_index("head")
-        first, count, column = runs_ref[row, 0], runs_ref[row, 1], column_ref[head]
+
+def merge(sources: Sequence[Parts], *, group: int, dtype: DTypeLike) -> Float[Array, "R N H"]:
+    """Softmax-weighted sums of the parts of all sources, zeros where there are none. group: query heads a kv head."""
+    N, H = sources[0].out.shape[1:]
+    R = sources[0].runs.shape[0]
+
+    def add_parts(source, row, head, memory, state):
+        """One source's parts into the running maximum, sum and output."""
+        parts_ref, lse_ref, runs_ref, column_ref = source
+        first, count, column = runs_ref[row, 0], runs_ref[row, 1], column_ref[head] + runs_ref[row, 2] * group
         near = lax.div(column, jnp.int32(COPY)) * COPY  # a copy takes 16 bytes at least
 
         def turn(index, state):
@@ -77,9 +81,16 @@ def merge(
             plgpu.commit_smem()  # all have read, and TMA will write there
             return m_new, total, out
 
+        return lax.fori_loop(0, lax.div(count + (PARTS - 1), jnp.int32(PARTS)), turn, state)
+
+    def kernel(*refs):
+        *refs, out_ref, memory = refs
+        row, head = lax.axis_index("row"), lax.axis_index("head")
         nothing = plgpu.layout_cast(jnp.zeros((H,), jnp.float32), WGMMA.reduce(0))
         state = (jnp.float32(LEAST), jnp.float32(0.0), nothing)
-        _, total, out = lax.fori_loop(0, lax.div(count + (PARTS - 1), jnp.int32(PARTS)), turn, state)
+        for source in itertools.batched(refs, len(Parts._fields)):
+            state = add_parts(source, row, head, memory, state)
+        _, total, out = state
         memory["out"][...] = (out * (1 / jnp.where(total > 0, total, 1.0))).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(memory["out"], out_ref.at[row, head])
@@ -98,4 +109,4 @@ def merge(
         grid_names=("row", "head"),
         scratch_types=[memory],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(parts, lse, runs, columns)
+    )(*itertools.chain(*sources))

@@ -52,12 +52,12 @@ LLAMA_3_8B = Shape("llama-3-8b", 1, 8192, 32, 8, 128)
 GPT_2 = Shape("gpt-2", 8, 1024, 12, 12, 64)
 HEAD_DIMS = tuple(Shape(f"head-{H}", 4, 4096, 2048 // H, 2048 // H, H) for H in (64, 128, 256))
 PAGED = (
-    Shape("llama-3-8b", 64, 8192, 32, 8, 128),
-    Shape("32-of-4", 64, 8192, 32, 4, 128),
-    Shape("multi-head", 64, 8192, 32, 32, 128),
-    Shape("head-64", 64, 8192, 32, 8, 64),
-    Shape("head-256", 64, 8192, 16, 8, 256),
-    Shape("smollm2", 64, 8192, 9, 3, 64),
+    LLAMA_3_8B,
+    Shape("32-of-4", 1, 8192, 32, 4, 128),
+    Shape("multi-head", 1, 8192, 32, 32, 128),
+    Shape("head-64", 1, 8192, 32, 8, 64),
+    Shape("head-256", 1, 8192, 16, 8, 256),
+    Shape("smollm2", 1, 8192, 9, 3, 64),
 )
 
 
@@ -66,9 +66,12 @@ def kernel_list() -> list[Entry]:
     return [
         *flash_entries(LLAMA_3_8B, "causal"),
         *flash_entries(GPT_2, "causal"),
+        *(decode_entry(shape) for shape in PAGED),
         *(decode_entry(shape, *sizes) for shape in (LLAMA_3_8B, GPT_2) for sizes in ((64, 2048), (1, 65536))),
-        *(paged_entry(shape, new, 16) for shape in PAGED for new in (1, 512)),
-        *(paged_entry(PAGED[0], new, block_size) for new in (1, 512) for block_size in (32, 64, 128, 256)),
+        *(decode_entry(LLAMA_3_8B, block_size=block_size) for block_size in (32, 64, 128, 256)),
+        decode_entry(LLAMA_3_8B, shared=4096),
+        *(prefill_entry(shape) for shape in PAGED),
+        *(prefill_entry(LLAMA_3_8B, block_size=block_size) for block_size in (32, 64, 128, 256)),
         *cache_entries("decode", tokens=64),
         *cache_entries("prefill", tokens=2048),
         *(entry for shape in HEAD_DIMS for name in FLASH_OPTIONS for entry in flash_entries(shape, name)),
@@ -122,48 +125,41 @@ def _pairs(shape: Shape, options: dict[str, Any]) -> float:
     return seen * length - seen * (seen - 1) / 2
 
 
-def paged_entry(shape: Shape, new: int, block_size: int) -> Entry:
-    """Attention of the `new` last tokens of B sequences through block tables: decode, if it is one, else prefill."""
-    B, length = shape.B if new == 1 else 4, shape.length
-    pages = jax.ShapeDtypeStruct((2, shape.B * length // block_size, block_size, shape.K, shape.H), jnp.bfloat16)
-    integers = [
-        jax.ShapeDtypeStruct(sizes, jnp.int32) for sizes in ((B, length // block_size), (B,), (B + 1,), (B * new,), ())
-    ]
-    query = jax.ShapeDtypeStruct((B * new, shape.N, shape.H), jnp.bfloat16)
-
-    def attend(query, keys, values, *integers):
-        batch = PagedBatch(*integers, max_query_len=new)
-        return paged_attention(query, KVCache(keys, values), batch, 0, implementation="mosaic")
-
-    pairs = new * length - new * (new - 1) / 2
-    moved = 2 * B * shape.H * (2 * shape.K * length + 2 * shape.N * new)
-    return Entry(
-        f"{'paged-decode' if new == 1 else 'paged-prefill'} {shape.name} block-{block_size}",
-        lambda: (attend, (query, pages, pages, *integers)),
-        flops=4 * B * shape.N * shape.H * pairs,
-        bytes=moved,
-    )
+def decode_entry(
+    shape: Shape, sequences: int = 64, context: int = 8192, *, block_size: int = 16, shared: int = 0
+) -> Entry:
+    """One new token of each of so many sequences, whose contexts have so many tokens in common."""
+    name = f"paged-decode {shape.name} {sequences}x{context} block-{block_size}" + f" shared-{shared}" * bool(shared)
+    return _paged_entry(name, shape, sequences, context, 1, block_size, shared)
 
 
-def decode_entry(shape: Shape, sequences: int, context: int) -> Entry:
-    """One token of each of so many sequences attends to its context, in one layer's blocks of 16."""
+def prefill_entry(shape: Shape, *, block_size: int = 16) -> Entry:
+    """The 512 last tokens of four sequences."""
+    return _paged_entry(f"paged-prefill {shape.name} 4x8192 block-{block_size}", shape, 4, 8192, 512, block_size, 0)
+
+
+def _paged_entry(
+    name: str, shape: Shape, sequences: int, context: int, new: int, block_size: int, shared: int
+) -> Entry:
+    """Attention of the sequences' last tokens through block tables, in one of two layers."""
     N, K, H = shape.N, shape.K, shape.H
-    blocks = context // 16
-    pages = jax.ShapeDtypeStruct((2, sequences * blocks, 16, K, H), jnp.bfloat16)
-    query = jax.ShapeDtypeStruct((sequences, N, H), jnp.bfloat16)
-    tables = jax.ShapeDtypeStruct((sequences, blocks), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((sequences,), jnp.int32)
+    blocks = context // block_size
+    pages = jax.ShapeDtypeStruct((2, sequences * blocks, block_size, K, H), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((sequences * new, N, H), jnp.bfloat16)
+    row = (sequences,)
+    sizes = ((sequences, blocks), row, (sequences + 1,), (sequences * new,), ())  # the batch's fields
+    integers = [jax.ShapeDtypeStruct(size, jnp.int32) for size in (*sizes, *[row] * bool(shared))]
 
-    def decode(query, keys, values, tables, lengths, layer):
-        starts = jnp.arange(sequences + 1, dtype=jnp.int32)
-        batch = PagedBatch(tables, lengths, starts, -jnp.ones_like(lengths), starts[-1], max_query_len=1)
+    def attend(query, keys, values, layer, *integers):
+        shared_prefixes = integers[5] if shared else None
+        batch = PagedBatch(*integers[:5], max_query_len=new, shared_prefix_lens=shared_prefixes)
         return paged_attention(query, KVCache(keys, values), batch, layer, implementation="mosaic")
 
-    arguments = (query, pages, pages, tables, lengths, jax.ShapeDtypeStruct((), jnp.int32))
-    pairs = sequences * context
-    moved = 2 * 2 * (K * H * pairs + N * H * sequences) + 4 * sequences * blocks
-    name = f"paged-decode {shape.name} {sequences}x{context}"
-    return Entry(name, lambda: (decode, arguments), 4 * N * H * pairs, moved)
+    arguments = (query, pages, pages, jax.ShapeDtypeStruct((), jnp.int32), *integers)
+    pairs = sequences * (new * context - new * (new - 1) / 2)
+    tokens = sequences * (context - shared) + shared  # that are read
+    moved = 2 * 2 * (K * H * tokens + N * H * sequences * new) + 4 * sequences * blocks
+    return Entry(name, lambda: (attend, arguments), 4 * N * H * pairs, moved)
 
 
 def cache_entries(name: str, tokens: int) -> Iterator[Entry]:

@@ -18,6 +18,7 @@ class Step:
     """Sequences as (new tokens, context) in a pool three times too large, and what a step over them should give.
 
     `rows`, `tokens`, `max_blocks` and `num_blocks` pad the shapes, so that many steps share a compiled one.
+    `shared` names a group for each sequence and the tokens of the prefix that those of the group have in common.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Step:
         num_blocks=None,
         max_query_len=128,
         num_decodes=None,
+        shared=None,
         seed=0,
     ):
         rng = np.random.default_rng(seed)
@@ -52,13 +54,19 @@ class Step:
         unowned = order[sum(counts) :]
         self.tables = rng.choice(unowned, (rows, max_blocks)).astype(np.int32)
         self.pages = [np.full((2, num_blocks, block_size, K, H), np.nan, dtype) for _ in range(2)]
-        self.dense, self.queries = [], []
-        taken = 0
+        self.dense, self.queries, self.shared = [], [], shared
+        taken, leaders = 0, {}
         for row, ((new, context), count) in enumerate(zip(sequences, counts, strict=True)):
             self.tables[row, :count] = order[taken : taken + count]
             taken += count
             self.dense.append((normal(context, K, H), normal(context, K, H)))
             self.queries.append((2 * normal(new, N, H)).astype(dtype))
+            if shared is not None:
+                group, prefix = shared[row]
+                leader = leaders.setdefault(group, row)
+                self.tables[row, : prefix // block_size] = self.tables[leader, : prefix // block_size]
+                for array, common in zip(self.dense[row], self.dense[leader], strict=True):
+                    array[:prefix] = common[:prefix]
             for pages, array in zip(self.pages, self.dense[-1], strict=True):
                 for position in range(context - new):
                     pages[LAYER, self.tables[row, position // block_size], position % block_size] = array[position]
@@ -94,9 +102,16 @@ class Step:
             slot_mapping=jnp.asarray(slots),
             num_decodes=jnp.int32(num_decodes),
             max_query_len=self.max_query_len,
+            shared_prefix_lens=self.shared_lens(chosen, rows),
         )
         cache = KVCache(*(jnp.asarray(pages) for pages in self.pages))
         return jnp.asarray(query), cache, batch, jnp.asarray(key), jnp.asarray(value)
+
+    def shared_lens(self, chosen, rows):
+        if self.shared is None:
+            return None
+        lens = [self.shared[i][1] for i in chosen]
+        return jnp.asarray(lens + [0] * (rows - len(lens)), jnp.int32)
 
     def expected(self, dtype, **options):
         """Token by token; every result is rounded to dtype."""

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from models import Llama, LlamaConfig
 from models import llama as llama_module
-from pallas_kernels import KVCache, PagedBatch, aot, paged_attention
+from pallas_kernels import KVCache, PagedBatch, aot, kv_head_sharding, paged_attention, write_kv
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +41,13 @@ def struct(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def batch_of(rows: int, max_blocks: int, tokens: int | None = None, max_query_len: int = 1) -> PagedBatch:
+def batch_of(
+    rows: int, max_blocks: int, tokens: int | None = None, max_query_len: int = 1, shares: bool = False
+) -> PagedBatch:
     tokens = tokens or rows
     shapes = ((rows, max_blocks), (rows,), (rows + 1,), (tokens,), ())
-    return PagedBatch(*(struct(*shape) for shape in shapes), max_query_len=max_query_len)
+    shared = struct(rows) if shares else None
+    return PagedBatch(*(struct(*shape) for shape in shapes), max_query_len=max_query_len, shared_prefix_lens=shared)
 
 
 def cache_of(
@@ -78,6 +81,54 @@ def test_kernels_compile_without_faults(N, K, H, block_size, options, new):
     report = aot.compile(attend, struct(4 * new, N, H, dtype=jnp.float16), cache, batch, gpu="h100")
     assert not report.faults()
     assert len(report.kernels) == (2 if new == 1 else 3)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "H", "block_size", "options"),
+    [
+        (32, 32, 128, 16, {}),
+        (12, 12, 64, 16, {"logits_soft_cap": 30.0}),
+        (9, 3, 64, 32, {}),
+        (16, 1, 256, 16, {}),
+        (32, 1, 128, 256, {}),
+        (32, 4, 80, 16, {}),
+    ],
+)
+def test_shared_prefixes_compile_without_faults(N, K, H, block_size, options):
+    def attend(query, cache, batch):
+        return paged_attention(query, cache, batch, 0, **options, implementation="mosaic")
+
+    cache, batch = cache_of(1, 1024, block_size, K, H), batch_of(16, 256, shares=True)
+    report = aot.compile(attend, struct(16, N, H, dtype=jnp.bfloat16), cache, batch, gpu="h100")
+    assert not report.faults()
+    assert len(report.kernels) == 3
+
+
+@pytest.mark.parametrize("K", [16, 8, 2])
+def test_eight_gpus_need_nothing_of_each_other(K):
+    """Two kv heads each, one, and a fourth of one: a copy of it for each of the four that share it."""
+    N, heads = 32, kv_head_sharding("x", 8, num_query_heads=32, num_kv_heads=K)
+    mesh = aot.mesh("h100", (8,), ("x",))
+    specs = (heads.tokens, heads.cache, P(), heads.tokens, heads.tokens)
+
+    def attend(query, cache, batch, key, value):
+        cache = write_kv(cache, batch, 1, key, value, implementation="mosaic")
+        return paged_attention(query, cache, batch, 1, implementation="mosaic"), cache
+
+    query, key = (struct(64, n, 128, dtype=jnp.bfloat16) for n in (N, K * heads.copies))
+    arguments = query, cache_of(2, BLOCKS, BLOCK_SIZE, K * heads.copies, 128), batch_of(64, 512), key, key
+
+    def placed(argument, spec):
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), argument)
+
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=(heads.tokens, heads.cache), check_vma=False)
+    report = aot.compile(jax.jit(sharded, donate_argnums=1), *map(placed, arguments, specs), gpu="h100", devices=mesh)
+    assert not report.faults()
+    assert not report.collectives()
+    local = (2, BLOCKS, BLOCK_SIZE, max(K // 8, 1), 128)
+    assert f"bf16[{','.join(map(str, local))}]" in report.text
+    assert report.copies(local) == 0
 
 
 def test_a_table_beyond_2_to_the_31_elements():

@@ -51,6 +51,32 @@ def test_decodes_are_the_formula(changes, options, dtype):
     assert_sequences_exact(step, run(*step.arguments(), **given, **window), **options)
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"N": 32, "K": 4}, {}),
+        ({"block_size": 32, "N": 9, "K": 3, "H": 64}, {"logits_soft_cap": 5.0}),
+        ({"N": 12, "K": 12, "H": 64}, {}),
+        ({"N": 16, "K": 1, "H": 256}, {}),
+        ({"N": 8, "K": 2, "H": 80}, {"left": 300}),
+    ],
+)
+def test_decodes_that_share_prefixes_are_the_formula(changes, options):
+    """Groups of nine, one, two and two, and singles; alone, or with others of its group, each has the same bits."""
+    groups = [("a", 1024)] * 9 + [("-", 0)] * 2 + [("b", 64)] + [("c", 640)] * 2 + [("d", 640)] * 2 + [("-", 0)]
+    contexts = [(1, prefix + own) for (_, prefix), own in zip(groups, CONTEXTS, strict=False)]
+    shape = {"rows": 24, "tokens": 24, "max_context": 2048, "max_query_len": 1, "dtype": ml_dtypes.bfloat16, "H": 128}
+    step = Step(contexts, shared=groups, **shape | changes)
+    given = {name: value for name, value in options.items() if name != "left"}
+    window = {"local_window_size": (options["left"], 0)} if "left" in options else {}
+    out = np.asarray(run(*step.arguments(), **given, **window))
+    assert_sequences_exact(step, out, **options)
+    for chosen in ([8, 2, 5], [7], [13, 12, 14, 11]):
+        again = np.asarray(run(*step.arguments(chosen), **given, **window))
+        np.testing.assert_array_equal(again[: len(chosen)], out[chosen])
+
+
 MIX = [(1, 5), (1, 1300), (1, 129), (7, 7), (300, 1200), (20, 130), (193, 193), (64, 2000), (1, 64), (700, 701)]
 
 

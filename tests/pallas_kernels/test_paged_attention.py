@@ -228,7 +228,13 @@ def test_bad_arguments_are_named_with_expected_and_actual(change, expected):
 @pytest.mark.usefixtures("no_annotation_checks")
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("context_lens", (3,)), ("query_starts", (2,)), ("block_tables", (3, 4)), ("block_tables", (2,))],
+    [
+        ("context_lens", (3,)),
+        ("query_starts", (2,)),
+        ("block_tables", (3, 4)),
+        ("block_tables", (2,)),
+        ("shared_prefix_lens", (1,)),
+    ],
 )
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_a_batch_whose_parts_do_not_fit_is_refused(name, shape, implementation):
@@ -245,6 +251,7 @@ def attend_to_small_batch(**changes):
         "slot_mapping": jnp.array([0, 4], jnp.int32),
         "num_decodes": jnp.int32(2),
         "max_query_len": 1,
+        "shared_prefix_lens": None,
     }
     batch |= {name: changes.pop(name) for name in list(changes) if name in batch}
     arguments: dict[str, Any] = {"query": jnp.zeros((2, 4, 8)), "layer": 0} | changes

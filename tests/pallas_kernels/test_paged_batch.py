@@ -29,6 +29,46 @@ def test_a_right_batch_passes():
     batch(slot_mapping=[9, -1, 0, -1, 35, -1]).check(CACHE)  # a token need not be written
 
 
+def sharing(**changes):
+    """Four decodes, of which the first three share a block, and a prefill."""
+    fields: dict[str, Any] = {
+        "block_tables": [[7, 2], [7, 3], [7, 4], [5, 0], [6, 0]],
+        "context_lens": [6, 8, 5, 3, 2],
+        "query_starts": [0, 1, 2, 3, 4, 6],
+        "slot_mapping": [9, 15, 16, 22, 24, 25],
+        "num_decodes": 4,
+        "shared_prefix_lens": [4, 4, 4, 0, 0],
+    }
+    return batch(**fields | changes)
+
+
+def test_groups_of_one_length_may_be_neighbours():
+    sharing().check(CACHE)
+    sharing(block_tables=[[7, 2], [7, 3], [8, 4], [5, 0], [6, 0]]).check(CACHE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"shared_prefix_lens": [4, 4, -4, 0, 0]}, "shared_prefix_lens must not be negative, got -4 at [2]"),
+        ({"shared_prefix_lens": [4, 4, 4, 0, 4]}, "shared_prefix_lens must be 0 after the 4 decodes, got 4 at [0]"),
+        ({"shared_prefix_lens": [4, 3, 4, 0, 0]}, "must be multiples of the block size 4, got 3 at [1]"),
+        ({"context_lens": [6, 4, 5, 3, 2]}, "must be below the contexts [6, 4, 5, 3, 2], got 4 at [1]"),
+        (
+            {
+                "block_tables": [[7, 2, 0], [7, 3, 1], [5, 4, 0], [5, 0, 0], [6, 0, 0]],
+                "context_lens": [9, 9, 5, 3, 2],
+                "shared_prefix_lens": [8, 8, 4, 0, 0],
+            },
+            "block_tables must name the blocks of the row before in a shared prefix, got 3 at [0, 1]",
+        ),
+    ],
+)
+def test_a_wrong_shared_prefix_is_named(changes, expected):
+    with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+        sharing(**changes).check(CACHE)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

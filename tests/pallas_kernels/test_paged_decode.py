@@ -92,10 +92,10 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
 
     def parts(lengths):
-        items = paged_decode.split(jnp.asarray(lengths), None, 65536, config)
+        items = paged_decode.split(jnp.zeros(len(lengths), jnp.int32), jnp.asarray(lengths), 65536, config)
         fields = np.asarray(items.fields)[: int(items.total[0])]
-        runs = np.asarray(items.runs)
-        return [fields[start : start + count] for start, count in runs]
+        np.testing.assert_array_equal(fields[:, 4], np.arange(len(fields)))
+        return [fields[start : start + count, :4] for start, count, _ in np.asarray(items.runs)]
 
     together = parts(lengths)
     for i, (length, mine) in enumerate(zip(lengths, together, strict=True)):
@@ -110,13 +110,29 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
 
 def test_windows_skip_the_blocks_outside():
     config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
-    items = paged_decode.split(jnp.array([5000, 100], jnp.int32), 1000, 8192, config)
-    assert np.asarray(items.fields)[:4].tolist() == [
+    items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
+    assert np.asarray(items.fields)[:4, :4].tolist() == [
         [0, 3968, 4480, 3999],
         [0, 4480, 4992, 3999],
         [0, 4992, 5000, 3999],
         [1, 0, 100, 0],
     ]
+
+
+def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
+    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    low, prefix, place, members = (
+        jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
+    )
+    items = paged_decode.split(low, prefix, 8192, config, place, members)
+    assert np.asarray(items.fields)[: int(items.total[0])].tolist() == [
+        [0, 0, 512, 0, 0, 2, 2],
+        [0, 512, 640, 0, 1, 2, 2],
+        [2, 0, 512, 0, 4, 1, 2],
+        [2, 512, 640, 0, 5, 1, 2],
+        [4, 0, 64, 0, 6, 1, 1],
+    ]
+    assert np.asarray(items.runs).tolist() == [[0, 2, 0], [2, 2, 1], [4, 2, 0], [6, 0, 0], [6, 1, 0]]
 
 
 class Parts:
@@ -131,15 +147,15 @@ class Parts:
         self.lse = np.full((total, 16), np.nan, np.float32)
         self.lse[:, self.columns] = np.where(empty, -np.inf, logs)
         self.parts = np.where(empty[..., None], 0, rng.standard_normal((total, N, H))).astype(np.float32)
-        self.runs = np.stack([np.cumsum([0, *counts[:-1]]), counts], -1).astype(np.int32)
+        self.runs = np.stack([np.cumsum([0, *counts[:-1]]), counts, np.zeros_like(counts)], -1).astype(np.int32)
 
     def merged(self, merge):
         """What a kernel makes of them, and whether it raced."""
         arrays = map(jnp.asarray, (self.parts, self.lse, self.runs, self.columns))
-        return interpreted(partial(merge, dtype=jnp.bfloat16), *arrays)
+        return interpreted(partial(merge, group=3, dtype=jnp.bfloat16), [paged_merge.Parts(*arrays)])
 
     def assert_exact(self, out):
-        for (start, count), found in zip(self.runs, np.asarray(out).astype(np.float64), strict=True):
+        for (start, count, _), found in zip(self.runs, np.asarray(out).astype(np.float64), strict=True):
             here = slice(start, start + count)
             logs = self.lse[here, self.columns].astype(np.float64)
             weights = np.exp2(logs - logs.max(0, initial=-1e30))
