@@ -117,7 +117,6 @@ MUTANTS = {
     "values not awaited": ('(lambda: plgpu.barrier_wait(self.memory["v_full"].at[at]))', "(lambda: None)"),
     "slots not awaited": ('partial(plgpu.barrier_wait, memory[f"{x}_free"].at[at])', "lambda: None"),
     "NaN times 0": ("jnp.where(positions(value.shape, 0) < end - first, value, jnp.zeros_like(value))", "value"),
-    "cleaning not awaited": ('plgpu.barrier_wait(self.memory["v_clean"])', "pass"),
     "diagonal not masked": ("checks = [column <= row]", "checks = [column <= row + 1]"),
     "first tile of the diagonal": ("first + self.config.keys > self.position + 1", "first > self.position"),
     "window not masked": ("checks.append(column >= row - self.launch.window_left)", "pass"),
