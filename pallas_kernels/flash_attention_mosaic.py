@@ -25,6 +25,7 @@ from .devices import interpreted
 from .flash_attention_mosaic_backward import backward as backward
 from .flash_forward_config import ForwardConfig, default_config
 from .mosaic_common import (
+    LEAST,
     LOG2E,
     PANEL,
     WGMMA,
@@ -43,9 +44,6 @@ from .mosaic_common import (
     tile_views,
 )
 from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
-
-# Where the running maximum starts: finite, so that rows that have seen nothing give exp2(-inf - start) = 0 and not NaN.
-LEAST = -1e30
 
 
 def unsupported(query: Array, key: Array, value: Array, operands: AttentionOperands, spec: AttentionSpec) -> str | None:

@@ -20,6 +20,8 @@ from . import dropout
 from .devices import interpreted
 
 LOG2E = math.log2(math.e)
+# Where a running maximum starts: finite, so that what has seen nothing gives exp2(-inf - start) = 0 and not NaN.
+LEAST = -1e30
 WGMMA = plgpu.Layout.WGMMA
 PANEL = 64
 SWIZZLE: Any = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]

@@ -13,7 +13,6 @@ Where sequences share a prefix, an item of it has the queries of several of them
 each; that is a launch of its own, before that of what they have for themselves.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from .mosaic_common import (
+    LEAST,
+    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -41,9 +42,6 @@ from .mosaic_common import (
 )
 from .paged_tiles import PageTiles, padded, row_tiles
 
-LOG2E = math.log2(math.e)
-# Where the running maximum starts: finite, so that a column that has seen nothing gives exp2(-inf - start) = 0, no NaN.
-LEAST = -1e30
 TILE = 64  # tokens of a step, the rows of one wgmma
 MAX_COLUMNS = 32  # queries of an item: their softmax and output lie in registers
 SHARED_MEMORY = 227 * 1024  # bytes that a block can have

@@ -16,10 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from .mosaic_common import WGMMA
+from .mosaic_common import LEAST, WGMMA
 
-# Where the running maximum starts: finite, so that parts that have seen nothing give exp2(-inf - start) = 0 and no NaN.
-LEAST = -1e30
 COPY = 8  # parts of one copy
 PARTS = 32  # parts in shared memory at once: 16 KB at head dim 128, so that a multiprocessor holds many blocks
 

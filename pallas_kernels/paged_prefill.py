@@ -9,7 +9,6 @@ values come through the block table; what lies past a sequence's end is no part 
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from jaxtyping import Array, Float, Int32
 from .devices import interpreted
 from .flash_forward_config import ForwardConfig
 from .mosaic_common import (
+    LEAST,
+    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -40,10 +41,6 @@ from .mosaic_common import (
 )
 from .paged_tiles import PageTiles, padded
 from .tiles import TileRange, tile_range
-
-LOG2E = math.log2(math.e)
-# Where the running maximum starts: finite, so that rows that have seen nothing give exp2(-inf - start) = 0 and not NaN.
-LEAST = -1e30
 
 
 def default_config(head_dim: int) -> ForwardConfig:
