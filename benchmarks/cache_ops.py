@@ -94,10 +94,9 @@ def writes(cache: KVCache, model: Model, tokens: int, implementations: list[Any]
     slots = jnp.asarray(rng.permutation(cache.num_blocks * cache.block_size)[:tokens], jnp.int32)
     none = jnp.zeros(1, jnp.int32)
     batch = PagedBatch(none[:, None], none, jnp.zeros(2, jnp.int32), slots, none[0], max_query_len=1)
-    query, key, value = (
-        jnp.asarray(rng.standard_normal((tokens, heads, model.H), np.float32), model.dtype)
-        for heads in (model.N, model.K, model.K)
-    )
+    shape = (tokens, model.K, model.N // model.K + 2, model.H)
+    qkv = jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype)
+    key, value = qkv[:, :, 0], qkv[:, :, 1]
     cos, sin = (jnp.asarray(rng.standard_normal((tokens, model.H // 2), np.float32)) for _ in range(2))
     calls: dict[str, Call] = {}
     for implementation in implementations:
@@ -105,12 +104,11 @@ def writes(cache: KVCache, model: Model, tokens: int, implementations: list[Any]
         @partial(jax.jit, donate_argnums=0)
         def write(cache: KVCache, layer: Any, implementation: Any = implementation) -> Any:
             if rotate:
-                new = query, key, value, cos, sin
-                return rotate_and_write_kv(cache, batch, layer, *new, implementation=implementation)
+                return rotate_and_write_kv(cache, batch, layer, qkv, cos, sin, implementation=implementation)
             return None, write_kv(cache, batch, layer, key, value, implementation=implementation)
 
         calls[str(implementation)] = lambda cache, write=write: write(cache, jnp.int32(1))[1]
-    query_bytes = 2 * query.nbytes if rotate else 0
+    query_bytes = 2 * (qkv.nbytes - 2 * key.nbytes) if rotate else 0
     return rates(cache, calls, 2 * tokens * model.token_bytes + query_bytes)
 
 

@@ -84,15 +84,17 @@ def prompts_of(config: LlamaConfig, batch: int, length: int) -> list[list[int]]:
 
 
 def run(engine: LLMEngine, prompts: list[list[int]], new: int, note: Callable[[float, int], None]) -> float:
-    """Seconds of all requests; note(seconds, running requests that got a token) is told of each step."""
+    """Seconds of all requests; note(seconds, tokens) is told of each step."""
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     start = time.perf_counter()
     for number, prompt in enumerate(prompts):
         engine.add_request(f"{start}-{number}", prompt, params)
     while engine.has_unfinished():
-        before = time.perf_counter()
-        outputs = engine.step()
-        note(time.perf_counter() - before, len(outputs))
+        before, tokens = time.perf_counter(), engine.stats().generation_tokens
+        for output in engine.step(only_finished=True):
+            if output.error is not None:
+                raise RuntimeError(output.error)
+        note(time.perf_counter() - before, engine.stats().generation_tokens - tokens)
     return time.perf_counter() - start
 
 
@@ -114,9 +116,9 @@ def measure(name: str, batch: int, prompt: int, new: int, bandwidth: float) -> F
         ),
     )
     prompts = prompts_of(config, batch, prompt)
-    run(engine, prompts, new, lambda seconds, outputs: None)  # compiles
+    run(engine, prompts, new, lambda seconds, tokens: None)  # compiles
     steps: list[float] = []
-    seconds = run(engine, prompts, new, lambda seconds, outputs: steps.append(seconds) if outputs == batch else None)
+    seconds = run(engine, prompts, new, lambda seconds, tokens: steps.append(seconds) if tokens == batch else None)
     step = median(steps)
 
     itemsize = jnp.dtype(dtype).itemsize
@@ -148,7 +150,7 @@ def host_seconds(engine: LLMEngine) -> float:
     while engine.has_unfinished():
         time.sleep(0.02)  # the step under way ends meanwhile
         start = time.perf_counter()
-        engine.step()
+        engine.step(only_finished=True)
         times.append(time.perf_counter() - start)
     return median(times)
 
