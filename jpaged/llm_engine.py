@@ -276,7 +276,7 @@ class LLMEngine:
                 if not output.is_empty:
                     self._note_start(output)
                     try:
-                        step = self._runner.start(output)
+                        step = self._runner.start(output, len(self._sequences))
                     except Exception as error:
                         self._fail(error)
                         return

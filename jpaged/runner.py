@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import HostPool, KVCache, PagedBatch, copy_blocks
 
 from .packing import Layout, layout_of, pack, unpack
-from .programs import Programs
+from .programs import Program, Programs
 from .sampler import (
     IN_PROMPT,
     LogitEdits,
@@ -31,7 +31,7 @@ from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .sampling_rows import SamplingInputs, SamplingShape, power_of_two
 from .sampling_rows import pad as pad_to
 from .scheduler_output import SchedulerOutput
-from .step_inputs import Step, StepBuilder, StepInputs
+from .step_inputs import Step, StepBuilder, StepInputs, StepShape
 
 MIN_COPIES = 8
 LOGITS_TILE = 64  # tokens of a prompt whose logits are held at once
@@ -160,21 +160,29 @@ class Runner:
     @property
     def num_programs(self) -> int:
         """How many were compiled."""
-        return len(self._programs.compile_seconds)
+        return len(self._programs)
 
     @property
     def compile_seconds(self) -> float:
         """Of all programs: tracing, and compiling or loading from JAX's cache on disk."""
-        return sum(self._programs.compile_seconds.values(), 0.0)
+        return self._programs.compile_seconds
 
-    def start(self, output: SchedulerOutput) -> StepInFlight:
-        """Gives the device a step, after those it was given before. If it raises, see `reset`."""
+    def start(self, output: SchedulerOutput, num_unfinished: int = 1) -> StepInFlight:
+        """Gives the device a step, after those it was given before. If it raises, see `reset`.
+
+        Where the step has to be compiled, so are the decodes of as many sequences as are unfinished, beside it.
+        """
         self._builder.update_rows(output)
         self._count_said(output)
         self._move_blocks(output)
         if not output.num_tokens:
             return StepInFlight(output, None, [])
         step = self._builder.build(output)
+        if step.shape not in self._programs:
+            shapes = dict.fromkeys((step.shape, self._builder.decode_shape(num_unfinished)))
+            self._programs.compile(
+                {shape: self._model_program(shape) for shape in shapes if shape not in self._programs}
+            )
         hidden, logits, followed = self._run_model(step)
         sampled = self._sample(step, logits, followed)
         if step.next_prompt_tokens is not None:
@@ -214,40 +222,40 @@ class Runner:
         self._last_tokens = jnp.zeros(self._said_shape[0], jnp.int32)
         self._host_pool = HostPool(self._host_pool.num_blocks)
 
+    def _model_program(self, shape: StepShape) -> Program:
+        """See `_run_model`."""
+        inputs = self._builder.blank(shape)
+        function = partial(_run_model, self._model_of, shape.is_decode, layout_of(inputs))
+        return Program(jax.jit(function, donate_argnums=1), self._model_arguments(inputs))
+
+    def _model_arguments(self, inputs: StepInputs) -> tuple[Any, ...]:
+        return self._leaves, (self._cache.keys, self._cache.values), self._last_tokens, pack(inputs)
+
     def _run_model(self, step: Step) -> tuple[Array, Array, Array]:
         """The final hidden states, and of each sample the logits and the token before it."""
-
-        def program() -> Any:
-            function = partial(_run_model, self._model_of, step.shape.is_decode, layout_of(step.inputs))
-            return jax.jit(function, donate_argnums=1)
-
-        pages = self._cache.keys, self._cache.values
-        arguments = self._leaves, pages, self._last_tokens, pack(step.inputs)
-        pages, hidden, logits, followed = self._programs(step.shape, program, *arguments)
+        pages, hidden, logits, followed = self._programs(step.shape, *self._model_arguments(step.inputs))
         self._cache = KVCache(*pages)
         return hidden, logits, followed
 
     def _sample(self, step: Step, logits: Array, followed: Array) -> _Sampled:
         """Draws a step's samples, and remembers them for the next step."""
         shape = step.sampling_shape
-
-        def program() -> Any:
-            return jax.jit(partial(_sample, shape, layout_of(step.sampling)), donate_argnums=(0, 1))
-
         said = self._said if shape.is_penalized else None
         arguments = self._last_tokens, said, logits, followed, pack(step.sampling)
-        self._last_tokens, said, sampled = self._programs(shape, program, *arguments)
+        if shape not in self._programs:
+            function = partial(_sample, shape, layout_of(step.sampling))
+            self._programs.compile({shape: Program(jax.jit(function, donate_argnums=(0, 1)), arguments)})
+        self._last_tokens, said, sampled = self._programs(shape, *arguments)
         if shape.is_penalized:
             self._said = said
         return sampled
 
     def _rank_prompt(self, hidden: Array, following: np.ndarray) -> tuple[Array, Array, Array]:
         """See `_prompt_logprobs`."""
-
-        def program() -> Any:
-            return jax.jit(partial(_prompt_logprobs, self._model_of))
-
-        return self._programs(PromptShape(len(following)), program, self._leaves, hidden, following)
+        shape, arguments = PromptShape(len(following)), (self._leaves, hidden, following)
+        if shape not in self._programs:
+            self._programs.compile({shape: Program(jax.jit(partial(_prompt_logprobs, self._model_of)), arguments)})
+        return self._programs(shape, *arguments)
 
     def _move_blocks(self, output: SchedulerOutput) -> None:
         if output.swap_out:

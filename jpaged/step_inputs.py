@@ -137,6 +137,26 @@ class StepBuilder:
         following = self._next_prompt_tokens(output, ends, T)
         return Step(StepShape(T, R, is_decode), inputs, sampling_shape, sampling, following)
 
+    def decode_shape(self, num_seqs: int) -> StepShape:
+        """Of a step in which so many sequences, or as many as may run, decode."""
+        num_seqs = min(num_seqs, self._max_num_seqs)
+        return StepShape(*self._padded(num_seqs, num_seqs, is_decode=True), is_decode=True)
+
+    def blank(self, shape: StepShape) -> StepInputs:
+        """Inputs of a shape, of no meaning."""
+        T, R = shape.tokens, shape.sequences
+        of_tokens, of_sequences = np.zeros(T, np.int32), np.zeros(R, np.int32)
+        return StepInputs(
+            token_ids=of_tokens,
+            positions=of_tokens,
+            block_tables=np.zeros((R, self._tables.shape[1]), np.int32),
+            context_lens=of_sequences,
+            query_starts=np.zeros(R + 1, np.int32),
+            slot_mapping=of_tokens,
+            num_decodes=np.zeros((), np.int32),
+            token_index=of_sequences,
+        )
+
     def num_prompt_logprobs(self, sequence: ScheduledSequence) -> int:
         """Of how many of a sequence's tokens in a step the successor's log-probability is asked for."""
         prompt_len = len(self._prompts.get(sequence.row, ()))
