@@ -182,13 +182,15 @@ class Tiles(NamedTuple):
 
     numbers: list[Scalar]
 
-    def take(self, x: Float[Array, "tiles *rest"], axis: int) -> Float[Array, "..."]:
+    def take(self, x: Float[Array, "tiles kv keys H"]) -> Float[Array, "kv some_keys H"]:
         """Of an array of tiles, these, side by side."""
-        return jnp.concatenate([x[number] for number in self.numbers], axis)
+        return jnp.concatenate([x[number] for number in self.numbers], 1)
 
-    def add_to(self, x: Float[Array, "tiles *rest"], part: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-        """An array of tiles with `part` added to these, the inverse of `take`."""
-        for number, one in zip(self.numbers, jnp.split(part, len(self.numbers), axis), strict=True):
+    def add_to(
+        self, x: Float[Array, "tiles kv H keys"], part: Float[Array, "kv H some_keys"]
+    ) -> Float[Array, "tiles kv H keys"]:
+        """An array of tiles with `part` added to these."""
+        for number, one in zip(self.numbers, jnp.split(part, len(self.numbers), -1), strict=True):
             x = lax.dynamic_update_index_in_dim(x, x[number] + one, number, 0)
         return x
 
