@@ -46,12 +46,16 @@ def forward(
     tiling = Tiling.of(query, key, operands, spec)
     lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
-    def attend(chunk: Array, k: Array, v: Array, number: Array, q: Array) -> tuple[Array, Array]:
+    q_all = tiling.pad_rows(_signed(query, spec))
+    k, v = tiling.pad_keys(_working(key)), tiling.pad_keys(_working(value))
+
+    def attend(chunk: Array, number: Array) -> tuple[Array, Array]:
         step = tiling.step(chunk, number)
+        q = step.rows_of(q_all)
 
         def visit(tiles: Tiles, state: tuple[Array, Array, Array], partial: bool) -> tuple[Array, Array, Array]:
             m, total, acc = state
-            scores = _multiply("lrh,lsh->lrs", q, tiles.take(k)).reshape(lanes, rows, -1)
+            scores = _multiply("lrh,lsh->lrs", q, step.keys_of(k, tiles)).reshape(lanes, rows, -1)
             x, factor, _ = step.logits(tiles, scores, partial)
             m_new = jnp.maximum(m, x.max(-1) * factor)
             alpha = _exp(m - m_new)
@@ -60,7 +64,7 @@ def forward(
             if operands.dropout_seeds is not None:
                 p = jnp.where(step.kept(tiles), p, 0.0)
             p = p.reshape(*q.shape[:-1], -1)
-            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, tiles.take(v))
+            return m_new, total, acc * _column(alpha, q) + _multiply("lrs,lsh->lrh", p, step.keys_of(v, tiles))
 
         acc = jnp.zeros_like(q, jnp.float32)
         total = acc[..., 0].reshape(lanes, rows)
@@ -69,12 +73,7 @@ def forward(
         lse = jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
         return (acc / _column(safe * kept, q)).astype(query.dtype), lse.reshape(q.shape[:-1])
 
-    def attend_all(chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        number, q, k, v = chunk
-        return lax.map(lambda row: attend(number, k, v, *row), (tiling.steps, q))
-
-    q, k, v = _signed(query, spec), _working(key), _working(value)
-    out, lse = lax.map(attend_all, (tiling.chunks, tiling.split_rows(q), tiling.split_keys(k), tiling.split_keys(v)))
+    out, lse = lax.map(lambda chunk: lax.map(partial(attend, chunk), tiling.steps), tiling.chunks)
     out, lse = tiling.join_rows(out), jnp.swapaxes(tiling.join_rows(lse), 1, 2)
     if operands.query_lengths is not None:  # the rows past them stood in tiles with rows before them
         counts = jnp.arange(T)[None] < operands.query_lengths[:, None]
@@ -101,15 +100,20 @@ def backward(
     tiling = Tiling.of(query, key, operands, spec)
     lanes, rows, kept = tiling.config.lanes, tiling.config.rows, 1.0 - spec.dropout_rate
 
-    def pull_back(chunk: Array, k: Array, v: Array, sums: Any, row: tuple[Array, ...]) -> tuple[Any, Array]:
-        number, q, do, lse, delta = row
+    q_all, do_all = tiling.pad_rows(_signed(query, spec)), tiling.pad_rows(_working(dout))
+    lse_all = tiling.pad_rows(jnp.swapaxes(lse, 1, 2), fill=jnp.inf)
+    delta_all = tiling.pad_rows(jnp.swapaxes(delta, 1, 2))
+    k, v = tiling.pad_keys(_working(key)), tiling.pad_keys(_working(value))
+
+    def pull_back(chunk: Array, sums: Any, number: Array) -> tuple[Any, Array]:
         step = tiling.step(chunk, number)
+        q, do = step.rows_of(q_all), step.rows_of(do_all)
         q_transposed, do_transposed = _transposed(q), _transposed(do)
-        lse, delta = (x.reshape(lanes, rows, 1) for x in (lse, delta))
+        lse, delta = (step.rows_of(x).reshape(lanes, rows, 1) for x in (lse_all, delta_all))
 
         def visit(tiles: Tiles, state: Any, partial: bool) -> Any:
             dq, dk, dv, dbias = state
-            of_k, of_v = tiles.take(k), tiles.take(v)
+            of_k, of_v = step.keys_of(k, tiles), step.keys_of(v, tiles)
             scores = _multiply("lrh,lsh->lrs", q, of_k).reshape(lanes, rows, -1)
             x, factor, slope = step.logits(tiles, scores, partial)
             # Without the barrier XLA computes p twice, for dv and for ds, rather than store it once.
@@ -131,25 +135,14 @@ def backward(
         dq, *sums = step.sweep(visit, (jnp.zeros_like(q, jnp.float32), *sums))
         return tuple(sums), (dq * spec.scale).astype(query.dtype)
 
-    def pull_back_all(dbias: Array | None, chunk: tuple[Array, ...]) -> tuple[Array | None, tuple[Array, ...]]:
-        number, k, v, *of_rows = chunk
-        zeros = jnp.zeros_like(_transposed(k), jnp.float32)
-        (dk, dv, dbias), dq = lax.scan(
-            lambda sums, row: pull_back(number, k, v, sums, row), (zeros, zeros, dbias), (tiling.steps, *of_rows)
-        )
+    def pull_back_all(dbias: Array | None, chunk: Array) -> tuple[Array | None, tuple[Array, ...]]:
+        zeros = jnp.zeros((k.shape[1] // tiling.config.keys, tiling.kv_lanes, k.shape[3], tiling.config.keys))
+        (dk, dv, dbias), dq = lax.scan(partial(pull_back, chunk), (zeros, zeros, dbias), tiling.steps)
         dk, dv = _transposed(dk * (abs(spec.scale) or 1.0)), _transposed(dv / kept)
         return dbias, (dq, dk.astype(key.dtype), dv.astype(value.dtype))
 
-    q, k, v, do = _signed(query, spec), _working(key), _working(value), _working(dout)
-    of_rows = (
-        tiling.split_rows(q),
-        tiling.split_rows(do),
-        tiling.split_rows(jnp.swapaxes(lse, 1, 2), fill=jnp.inf),
-        tiling.split_rows(jnp.swapaxes(delta, 1, 2)),
-    )
-    chunks = tiling.chunks, tiling.split_keys(k), tiling.split_keys(v), *of_rows
     dbias = None if tiling.operands.bias is None else jnp.zeros_like(tiling.operands.bias, jnp.float32)
-    dbias, (dq, dk, dv) = lax.scan(pull_back_all, dbias, chunks)
+    dbias, (dq, dk, dv) = lax.scan(pull_back_all, dbias, tiling.chunks)
     if bias is not None and dbias is not None:
         dbias = dbias[:, :, : bias.shape[2], : bias.shape[3]].astype(bias.dtype)
     return tiling.join_rows(dq), tiling.join_keys(dk), tiling.join_keys(dv), dbias
