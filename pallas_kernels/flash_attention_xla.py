@@ -136,7 +136,8 @@ def backward(
         return tuple(sums), (dq * spec.scale).astype(query.dtype)
 
     def pull_back_all(dbias: Array | None, chunk: Array) -> tuple[Array | None, tuple[Array, ...]]:
-        zeros = jnp.zeros((k.shape[1] // tiling.config.keys, tiling.kv_lanes, k.shape[3], tiling.config.keys))
+        tiles = k.shape[1] // tiling.config.keys
+        zeros = jnp.zeros_like(k, jnp.float32, (tiles, tiling.kv_lanes, k.shape[3], tiling.config.keys))
         (dk, dv, dbias), dq = lax.scan(partial(pull_back, chunk), (zeros, zeros, dbias), tiling.steps)
         dk, dv = _transposed(dk * (abs(spec.scale) or 1.0)), _transposed(dv / kept)
         return dbias, (dq, dk.astype(key.dtype), dv.astype(value.dtype))
