@@ -134,10 +134,10 @@ def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch, steps):
     alone = texts(llm.generate(["a", "bc", "def"], GREEDY, progress=False))
     start, left = llm.engine._runner.start, iter(range(steps))
 
-    def interrupted(scheduled):
+    def interrupted(*args):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return start(scheduled)
+        return start(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(llm.engine._runner, "start", interrupted)

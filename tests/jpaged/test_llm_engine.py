@@ -718,9 +718,9 @@ def test_the_next_step_starts_while_the_last_one_runs(engine, monkeypatch, param
     for name in ("start", "finish"):
         original = getattr(engine._runner, name)
 
-        def noted(step, name=name, original=original):
+        def noted(*args, name=name, original=original):
             calls.append(name)
-            return original(step)
+            return original(*args)
 
         monkeypatch.setattr(engine._runner, name, noted)
     run(engine, [5], params)
