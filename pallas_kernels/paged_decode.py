@@ -40,6 +40,7 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
+from .paged_merge import whole_segments
 from .paged_tiles import PageTiles, padded, row_tiles
 
 TILE = 64  # tokens of a step, the rows of one wgmma
@@ -134,12 +135,13 @@ def split(
     members = jnp.ones_like(low) if members is None else members
     first = low // TILE * TILE
     visible = stop - first
-    size = jnp.maximum(-(-visible // (config.splits * TILE)) * TILE, config.chunk)
+    most = min(config.splits, -(-max_tokens // config.chunk))
+    counts = jnp.clip(-(-visible // config.chunk), 1, most)
+    size = jnp.maximum(-(-visible // (counts * TILE)), 1) * TILE  # alike, so that blocks have alike to do
     counts = -(-visible // size)
     parts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     own = jnp.where(place == 0, counts, 0)
     ends = jnp.cumsum(own, dtype=jnp.int32)
-    most = min(config.splits, -(-max_tokens // config.chunk))
     item = jnp.arange(low.shape[0] * most, dtype=jnp.int32)
     row = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, low.shape[0] - 1)
@@ -168,11 +170,12 @@ def attend(
     soft_cap: float | None,
     config: DecodeConfig,
     members: int = 1,
-) -> tuple[Float[Array, "parts N padded"], Float[Array, "parts columns"]]:
+) -> tuple[Float[Array, "parts heads padded"], Float[Array, "parts columns"]]:
     """Output and log2-sum-exp2 of each part, float32; entries of parts that do not exist are left as they were.
 
     tables: blocks of `keys` and `values`, those of all layers counted on. members: sequences of an item at most. The
-    output's head dim is padded, and the log-sum-exp has the padded columns of all heads (`columns_of_heads`).
+    output's head dim is padded, its heads are those of `whole_segments`, and the log-sum-exp has the padded columns of
+    all heads (`columns_of_heads`).
     """
     R, N, H = query.shape
     block_size, K = keys.shape[2:4]
@@ -181,15 +184,15 @@ def attend(
         query = query.reshape(R, K, N // K, -1).swapaxes(0, 1).reshape(K, R * N // K, -1)
     launch = _Launch(members, N // K, H, block_size, K // config.heads, scale, soft_cap, config)
 
-    def kernel(*refs):
+    def paged_decode(*refs):
         block = _Block(launch, *refs)
         pl.when(lax.axis_index("warpgroup") == 0)(block.compute)
         pl.when(lax.axis_index("warpgroup") == 1)(block.load)
 
     out, lse = plgpu.kernel(
-        kernel,
+        paged_decode,
         out_type=[
-            jax.ShapeDtypeStruct((len(items.fields), N, padded(H)), jnp.float32),
+            jax.ShapeDtypeStruct((len(items.fields), whole_segments(N, padded(H)), padded(H)), jnp.float32),
             jax.ShapeDtypeStruct((len(items.fields), launch.groups * launch.columns), jnp.float32),
         ],
         grid=(config.blocks,),
@@ -314,6 +317,7 @@ class _Block:
     def compute(self) -> None:
         """The warpgroup that computes."""
         self.each_item(self.compute_item)
+        plgpu.wait_smem_to_gmem(0)
 
     def compute_item(self, item: _Item, done: Scalar) -> None:
         launch, memory = self.launch, self.memory
@@ -336,6 +340,7 @@ class _Block:
         m, sums, out = lax.fori_loop(0, item.steps, lambda step, state: self.step(item, step, done, *state), state)
         total = sums.sum(axis=0)
         safe = jnp.where(total > 0, total, 1.0)
+        plgpu.wait_smem_to_gmem(0)  # what the item before left has been read
         for panel in range(panels):
             scaled = out[panel] * broadcast(1 / safe, out[panel].shape, 1)
             target = memory["out"].at[:, pl.ds(panel * PANEL, PANEL)].transpose((1, 0))
@@ -346,7 +351,6 @@ class _Block:
             self.store(item, 0)
         else:
             pl.loop(0, item.members)(partial(self.store, item))
-        plgpu.wait_smem_to_gmem(0)
 
     def store(self, item: _Item, member: Scalar) -> None:
         """Starts the copies of one sequence's output and of all columns' log-sum-exp to its part."""

@@ -112,9 +112,9 @@ def test_windows_skip_the_blocks_outside():
     config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
     items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
     assert np.asarray(items.fields)[:4, :4].tolist() == [
-        [0, 3968, 4480, 3999],
-        [0, 4480, 4992, 3999],
-        [0, 4992, 5000, 3999],
+        [0, 3968, 4352, 3999],
+        [0, 4352, 4736, 3999],
+        [0, 4736, 5000, 3999],
         [1, 0, 100, 0],
     ]
 
@@ -126,33 +126,34 @@ def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
     )
     items = paged_decode.split(low, prefix, 8192, config, place, members)
     assert np.asarray(items.fields)[: int(items.total[0])].tolist() == [
-        [0, 0, 512, 0, 0, 2, 2],
-        [0, 512, 640, 0, 1, 2, 2],
-        [2, 0, 512, 0, 4, 1, 2],
-        [2, 512, 640, 0, 5, 1, 2],
+        [0, 0, 320, 0, 0, 2, 2],
+        [0, 320, 640, 0, 1, 2, 2],
+        [2, 0, 320, 0, 4, 1, 2],
+        [2, 320, 640, 0, 5, 1, 2],
         [4, 0, 64, 0, 6, 1, 1],
     ]
     assert np.asarray(items.runs).tolist() == [[0, 2, 0], [2, 2, 1], [4, 2, 0], [6, 0, 0], [6, 1, 0]]
 
 
 class Parts:
-    """Parts of a few sequences, of which some have seen nothing: a log-sum-exp of -inf."""
+    """Parts of a few sequences, of which some have seen nothing: a log-sum-exp of -inf. NaN wherever is none."""
 
-    def __init__(self, counts, H):
+    def __init__(self, counts, H, N=6, K=2):
         rng = np.random.default_rng(0)
-        total, N, K = sum(counts), 6, 2
+        total, self.group = sum(counts), N // K
         self.columns = np.asarray(paged_decode.columns_of_heads(N, K))
         logs = 10 * rng.standard_normal((total, N)).astype(np.float32)
         empty = rng.random((total, N)) < 0.3
-        self.lse = np.full((total, 16), np.nan, np.float32)
-        self.lse[:, self.columns] = np.where(empty, -np.inf, logs)
-        self.parts = np.where(empty[..., None], 0, rng.standard_normal((total, N, H))).astype(np.float32)
+        self.lse = np.full((total + 8, 8 * K), np.nan, np.float32)
+        self.lse[:total, self.columns] = np.where(empty, -np.inf, logs)
+        self.parts = np.full((total + 8, paged_merge.whole_segments(N, H), H), np.nan, np.float32)
+        self.parts[:total, :N] = np.where(empty[..., None], 0, rng.standard_normal((total, N, H)))
         self.runs = np.stack([np.cumsum([0, *counts[:-1]]), counts, np.zeros_like(counts)], -1).astype(np.int32)
 
     def merged(self, merge):
         """What a kernel makes of them, and whether it raced."""
         arrays = map(jnp.asarray, (self.parts, self.lse, self.runs, self.columns))
-        return interpreted(partial(merge, group=3, dtype=jnp.bfloat16), [paged_merge.Parts(*arrays)])
+        return interpreted(partial(merge, group=self.group, dtype=jnp.bfloat16), [paged_merge.Parts(*arrays)])
 
     def assert_exact(self, out):
         for (start, count, _), found in zip(self.runs, np.asarray(out).astype(np.float64), strict=True):
@@ -160,14 +161,14 @@ class Parts:
             logs = self.lse[here, self.columns].astype(np.float64)
             weights = np.exp2(logs - logs.max(0, initial=-1e30))
             weights /= np.maximum(weights.sum(0), 1e-30)
-            expected = np.einsum("sn,snh->nh", weights, self.parts[here].astype(np.float64))
+            expected = np.einsum("sn,snh->nh", weights, self.parts[here, : len(self.columns)].astype(np.float64))
             np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("sizes", [{"H": 64}, {"H": 128}, {"H": 192}, {"H": 64, "N": 9, "K": 3}], ids=str)
 @pytest.mark.parametrize("counts", [[0, 1, 2, 3, 5, 17], [33, 97]])
-def test_parts_are_merged_by_their_log_sum_exp(counts, H):
-    parts = Parts(counts, H)
+def test_parts_are_merged_by_their_log_sum_exp(counts, sizes):
+    parts = Parts(counts, **sizes)
     out, raced = parts.merged(paged_merge.merge)
     assert not raced
     parts.assert_exact(out)
@@ -184,7 +185,7 @@ MUTANTS = {
     "sum not rescaled": ("sums * broadcast(alpha, sums.shape, 1) + p", "sums + p"),
     "not drained": ('drain(done, self.config.stages, self.memory["values_free"])', "pass"),
     "log of another base": ("m + jnp.log2(safe)", "m + jnp.log(safe)"),
-    "stores not awaited": ("plgpu.wait_smem_to_gmem(0)", "pass"),
+    "stores not awaited": ("(self.compute_item)\n        plgpu.wait_smem_to_gmem(0)", "(self.compute_item)"),
 }
 
 
@@ -200,17 +201,18 @@ def test_mistakes_in_decode_are_caught(monkeypatch, name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("PARTS = 32", "PARTS = 8"),  # no mistake
-        ('plgpu.barrier_wait(memory["full"])', "pass"),
-        ("(total * alpha, out * alpha)", "(total, out)"),
-        ("lax.min(count - done, jnp.int32(PARTS))", "PARTS"),
-        ("plgpu.commit_smem()  # all have read, and TMA will write there", ""),
+        ("TOGETHER = 8", "TOGETHER = 2"),  # no mistake
+        ("total * alpha, out * alpha", "total, out"),
+        ("nth < count", "nth <= count"),
+        ("lax.min(nth, count - 1)", "nth"),
+        ("< SEGMENT // 2", "< SEGMENT"),
+        ("LEAST, 0.0, 0.0", "-jnp.inf, 0.0, 0.0"),
     ],
 )
 def test_mistakes_in_merge_are_caught(old, new):
-    parts = Parts([5, 97], 64)
+    parts = Parts([1, 5, 97], 64)
     changed = mutant(paged_merge, old, new)
-    assert caught(lambda: parts.merged(changed.merge), parts.assert_exact) == (old != "PARTS = 32")
+    assert caught(lambda: parts.merged(changed.merge), parts.assert_exact) == (old != "TOGETHER = 8")
 
 
 @pytest.mark.parametrize(
