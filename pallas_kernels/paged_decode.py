@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
+from .gpu import GPUS
 from .mosaic_common import (
     LEAST,
     LOG2E,
@@ -42,10 +43,12 @@ from .mosaic_common import (
 )
 from .paged_merge import whole_segments
 from .paged_tiles import PageTiles, padded, row_tiles
+from .tuned_tables import tuned
 
 TILE = 64  # tokens of a step, the rows of one wgmma
 MAX_COLUMNS = 32  # queries of an item: their softmax and output lie in registers
-SHARED_MEMORY = 227 * 1024  # bytes that a block can have
+MULTIPROCESSORS = GPUS["h100"].multiprocessors
+SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which each of its blocks costs 1 KB
 REDUCTION_BYTES = 4096  # shared memory through which the maximum over a tile's tokens goes
 
 
@@ -67,20 +70,28 @@ class DecodeConfig:
     heads: int
     splits: int
     stages: int
-    chunk: int = 512
-    blocks: int = 132
+    chunk: int
+    blocks: int
 
 
 def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig:
-    """For so many query heads a kv head (`group`)."""
-    columns = padded_columns(group)
+    """The fastest that was measured. group: query heads a kv head."""
+    return fitting_config(num_kv_heads, group, head_dim, **tuned("paged_decode", padded(head_dim)))
+
+
+def fitting_config(
+    num_kv_heads: int, group: int, head_dim: int, *, width: int, chunk: int, items: int, blocks: int
+) -> DecodeConfig:
+    """As many stages as the shared memory has room for. width: elements of an item's kv heads; items: of a sequence
+    over all its kv heads; both at most."""
+    columns, row = padded_columns(group), padded(head_dim)
     fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
-    heads = next(d for d in fits if d == 1 or (d * padded(head_dim) <= 256 and d * columns <= MAX_COLUMNS))
-    width = padded(head_dim)
+    heads = next(d for d in fits if d == 1 or (d * row <= width and d * columns <= MAX_COLUMNS))
     tiles = 2 * PageTiles(TILE, 1, TILE, heads, head_dim).bytes
-    others = heads * columns * (2 * width + 2 * TILE + 4 * width) + REDUCTION_BYTES + 2048
-    stages = min((SHARED_MEMORY - others) // tiles, 6)
-    return DecodeConfig(heads=heads, splits=max(128 * heads // num_kv_heads, 4), stages=stages)
+    others = heads * columns * (2 * row + 2 * TILE + 4 * row) + REDUCTION_BYTES + 2048
+    room = SHARED_MEMORY // -(-blocks // MULTIPROCESSORS) - 1024
+    stages = min((room - others) // tiles, 6)
+    return DecodeConfig(heads, max(items * heads // num_kv_heads, 4), stages, chunk, blocks)
 
 
 def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -> str | None:

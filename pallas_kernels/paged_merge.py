@@ -80,12 +80,12 @@ def merge(sources: Sequence[Parts], *, group: int, dtype: DTypeLike) -> Float[Ar
         return lax.fori_loop(0, lax.div(count + (TOGETHER - 1), jnp.int32(TOGETHER)), turn, state)
 
     def paged_merge(*refs: Ref) -> None:
-        *refs, out_ref = refs
+        *inputs, out_ref = refs
         row, start = lax.axis_index("row"), lax.axis_index("segment") * SEGMENT
         state = tuple(
             plgpu.layout_cast(jnp.full((SEGMENT,), value, jnp.float32), STRIDED) for value in (LEAST, 0.0, 0.0)
         )
-        for source in itertools.batched(refs, len(Parts._fields)):
+        for source in itertools.batched(inputs, len(Parts._fields)):
             state = add_parts(source, row, start, state)
         _, total, out = state
         out_ref[row, pl.ds(start, SEGMENT)] = (out / jnp.where(total > 0, total, 1.0)).astype(dtype)

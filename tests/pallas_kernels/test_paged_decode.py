@@ -88,7 +88,7 @@ def test_a_decodes_bits_do_not_depend_on_the_batch():
 
 
 def test_how_a_sequence_is_cut_depends_on_its_length_alone():
-    config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512)
+    config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
 
     def parts(lengths):
@@ -109,7 +109,7 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
 
 
 def test_windows_skip_the_blocks_outside():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
     assert np.asarray(items.fields)[:4, :4].tolist() == [
         [0, 3968, 4352, 3999],
@@ -120,7 +120,7 @@ def test_windows_skip_the_blocks_outside():
 
 
 def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     low, prefix, place, members = (
         jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
     )

@@ -18,7 +18,8 @@ from pallas_kernels.flash_forward_config import ForwardConfig
 # Scores of keys past a sequence's end, which nobody sees, are made of whatever lies there.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 
-SMALL = ForwardConfig(keys=64, warpgroups=2)
+SMALL = ForwardConfig(keys=64, warpgroups=2, stages=2)
+LARGE = ForwardConfig(keys=128, warpgroups=3, stages=2)
 
 
 def steps(sequences, **changes):
@@ -58,7 +59,10 @@ SEQUENCES = [(7, 7), (130, 200), (65, 129), (1, 64), (3, 190), (64, 128)]
         ({}, {}),
         ({"block_size": 8, "N": 1, "K": 1}, {}),
         ({"block_size": 48, "N": 6, "K": 2, "dtype": np.float16}, {"scale": 0.3}),
-        ({"block_size": 128, "N": 2, "K": 1, "H": 128}, {"logits_soft_cap": 3.0, "config": ForwardConfig()}),
+        (
+            {"block_size": 128, "N": 2, "K": 1, "H": 128},
+            {"logits_soft_cap": 3.0, "config": LARGE},
+        ),
         ({"block_size": 256, "N": 2, "K": 2}, {"left": 70}),
         ({"N": 2, "K": 1, "H": 80}, {"left": 0, "logits_soft_cap": 8.0}),
         ({"N": 1, "K": 1, "H": 256}, {"left": 128}),
