@@ -99,6 +99,8 @@ def decode(
         sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K, members)))
         low = groups.lens
     items = paged_decode.split(low, lengths, max_tokens, config)
+    if items.single and not sources:  # nothing to merge
+        return attend(items, config=config, dtype=query.dtype)[0][:, :N]
     parts = attend(items, config=config)
     sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K)))
     return paged_merge.merge(sources, group=N // K, dtype=query.dtype)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from .gpu import GPUS
@@ -129,6 +130,11 @@ class Items(NamedTuple):
     runs: Int32[Array, "R 3"]
     """The first part, how many, and how many sequences before this one are in its items."""
 
+    @property
+    def single(self) -> bool:
+        """Whether, unless they share any, each sequence has the part of its own number alone: none can be longer."""
+        return len(self.fields) == len(self.runs)
+
 
 def split(
     low: Int32[Array, " R"],
@@ -138,10 +144,13 @@ def split(
     place: Int32[Array, " R"] | None = None,
     members: Int32[Array, " R"] | None = None,
 ) -> Items:
-    """Cuts the tokens low <= t < stop of each sequence into items; none gives none. max_tokens: none has more.
+    """Cuts the tokens low <= t < stop of each sequence into items; max_tokens: none has more.
+
+    No tokens give no item, but an empty one where each sequence has a single one.
 
     Where sequences share items, `place` counts those before each one in its items, and `members` all in them.
     """
+    alone = place is None
     place = jnp.zeros_like(low) if place is None else place
     members = jnp.ones_like(low) if members is None else members
     first = low // TILE * TILE
@@ -149,7 +158,8 @@ def split(
     most = min(config.splits, -(-max_tokens // config.chunk))
     counts = jnp.clip(-(-visible // config.chunk), 1, most)
     size = jnp.maximum(-(-visible // (counts * TILE)), 1) * TILE  # alike, so that blocks have alike to do
-    counts = -(-visible // size)
+    if most > 1 or not alone:
+        counts = -(-visible // size)
     parts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     own = jnp.where(place == 0, counts, 0)
     ends = jnp.cumsum(own, dtype=jnp.int32)
@@ -181,12 +191,13 @@ def attend(
     soft_cap: float | None,
     config: DecodeConfig,
     members: int = 1,
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "parts heads padded"], Float[Array, "parts columns"]]:
-    """Output and log2-sum-exp2 of each part, float32; entries of parts that do not exist are left as they were.
+    """Output and log2-sum-exp2 of each part; entries of parts that do not exist are left as they were.
 
     tables: blocks of `keys` and `values`, those of all layers counted on. members: sequences of an item at most. The
-    output's head dim is padded, its heads are those of `whole_segments`, and the log-sum-exp has the padded columns of
-    all heads (`columns_of_heads`).
+    output's head dim is padded, its heads are those of `whole_segments`, and the log-sum-exp, always float32, has the
+    padded columns of all heads (`columns_of_heads`).
     """
     R, N, H = query.shape
     block_size, K = keys.shape[2:4]
@@ -203,14 +214,14 @@ def attend(
     out, lse = plgpu.kernel(
         paged_decode,
         out_type=[
-            jax.ShapeDtypeStruct((len(items.fields), whole_segments(N, padded(H)), padded(H)), jnp.float32),
+            jax.ShapeDtypeStruct((len(items.fields), whole_segments(N, padded(H)), padded(H)), dtype),
             jax.ShapeDtypeStruct((len(items.fields), launch.groups * launch.columns), jnp.float32),
         ],
         grid=(config.blocks,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
-        scratch_types=[launch.memory(query.dtype)],
+        scratch_types=[launch.memory(query.dtype, dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
     )(query, launch.pages.cut(keys), launch.pages.cut(values), tables, items.fields, items.total)
     return out, lse
@@ -244,7 +255,7 @@ class _Launch:
         """The rings of keys and of values."""
         return PageTiles(TILE, self.config.stages, self.block_size, self.config.heads, self.head_dim)
 
-    def memory(self, dtype: jnp.dtype) -> dict[str, Any]:
+    def memory(self, dtype: jnp.dtype, out_dtype: DTypeLike) -> dict[str, Any]:
         """The shared memory of a block."""
         pages = self.pages
         full = plgpu.Barrier(num_arrivals=pages.copies, num_barriers=pages.stages)
@@ -254,7 +265,7 @@ class _Launch:
             "keys": pages.memory(dtype),
             "values": pages.memory(dtype),
             "weights": row_tiles(self.columns, TILE, dtype=dtype),
-            "out": plgpu.SMEM((self.columns, padded(self.head_dim)), jnp.float32),
+            "out": plgpu.SMEM((self.columns, padded(self.head_dim)), out_dtype),
             "lse": plgpu.SMEM((self.columns,), jnp.float32),
             "queries_full": plgpu.Barrier(num_arrivals=pages.panels),
             "keys_full": full,
@@ -355,7 +366,7 @@ class _Block:
         for panel in range(panels):
             scaled = out[panel] * broadcast(1 / safe, out[panel].shape, 1)
             target = memory["out"].at[:, pl.ds(panel * PANEL, PANEL)].transpose((1, 0))
-            target[...] = plgpu.layout_cast(scaled, plgpu.Layout.WGMMA_TRANSPOSED)
+            target[...] = plgpu.layout_cast(scaled.astype(self.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         memory["lse"][...] = jnp.where(total > 0, m + jnp.log2(safe), -jnp.inf)
         plgpu.commit_smem()
         if launch.members == 1:

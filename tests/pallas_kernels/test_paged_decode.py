@@ -87,6 +87,22 @@ def test_a_decodes_bits_do_not_depend_on_the_batch():
         np.testing.assert_array_equal(out[: len(chosen)], together[chosen])
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"), [({}, {}), ({"N": 9, "K": 3}, {"left": 100}), ({"H": 80}, {"logits_soft_cap": 8.0})]
+)
+def test_sequences_of_one_part_need_no_merge(monkeypatch, changes, options):
+    """Where none can be longer; their bits are those that they have beside longer ones, and who has none gets zeros."""
+    step = decodes(CONTEXTS, **changes)
+    attend, query, cache, batch = program(step, config=small_config(step, chunk=384), **options)
+    wide = dataclasses.replace(batch, block_tables=jnp.pad(batch.block_tables, ((0, 0), (0, 16))))
+    merged = without_races(attend, query, cache, wide)
+    monkeypatch.setattr(paged_merge, "merge", None)
+    out = without_races(attend, query, cache, batch)
+    assert_sequences_exact(step, out, **options)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(merged))
+    assert not np.asarray(out)[len(CONTEXTS) :].any()
+
+
 def test_how_a_sequence_is_cut_depends_on_its_length_alone():
     config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
