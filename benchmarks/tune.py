@@ -26,7 +26,7 @@ from pallas_kernels import flash_attention_mosaic, paged_attention_mosaic
 from pallas_kernels.attention_spec import AttentionOperands, AttentionSpec
 from pallas_kernels.devices import lacks_mosaic
 from pallas_kernels.flash_forward_config import ForwardConfig
-from pallas_kernels.paged_decode import fitting_config
+from pallas_kernels.paged_decode_config import fitting_config
 
 Row = dict[str, int]
 Programs = dict[Any, tuple[Callable, tuple]]

@@ -1,10 +1,11 @@
 """Paged decode on Hopper GPUs: one new token of each sequence against its cached keys and values, at memory's speed.
 
-The work is a list of items, a run of at most `chunk` tokens of one sequence each, worked off by as many thread blocks
-as the GPU has multiprocessors. In a block one warpgroup loads pages by TMA through the block table, into rings that
+The work is a list of items, a run of tokens of one sequence each, worked off by as many thread blocks as the GPU's
+multiprocessors hold at once. In a block one warpgroup loads pages by TMA through the block table, into rings that
 stay full from one item to the next; the other computes. It works on S^T = K Q^T and O^T = V^T P^T, so that the tensor
 cores' 64 rows are tokens and the queries of a kv head are the 8 to 64 columns: no row is wasted on padding, and the
-softmax has little to do. Each item leaves its output and log-sum-exp in float32, which `paged_merge` adds up.
+softmax has little to do. Each item leaves its output and log-sum-exp in float32, which `paged_merge` adds up; where no
+sequence can have two items, it leaves the output itself.
 
 How a sequence is cut depends on its own length and on static sizes alone, and each part is computed and added up in
 the same order whatever else the batch holds: so are its bits.
@@ -26,7 +27,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from .gpu import GPUS
 from .mosaic_common import (
     LEAST,
     LOG2E,
@@ -42,57 +42,9 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
+from .paged_decode_config import MAX_COLUMNS, REDUCTION_BYTES, TILE, DecodeConfig, padded_columns
 from .paged_merge import whole_segments
 from .paged_tiles import PageTiles, padded, row_tiles
-from .tuned_tables import tuned
-
-TILE = 64  # tokens of a step, the rows of one wgmma
-MAX_COLUMNS = 32  # queries of an item: their softmax and output lie in registers
-MULTIPROCESSORS = GPUS["h100"].multiprocessors
-SHARED_MEMORY = 228 * 1024  # bytes of a multiprocessor, of which each of its blocks costs 1 KB
-REDUCTION_BYTES = 4096  # shared memory through which the maximum over a tile's tokens goes
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is cut.
-
-    heads: kv heads of an item. Neighbours in memory, so one TMA brings a page's rows of all of them: with 256 columns
-      that is 8 KB for a page of 16 tokens, and a block has to issue one in 300 ns to get its 25 GB/s, the 132nd part
-      of an H100's bandwidth.
-    chunk: tokens of an item at least, but for the last of a sequence. It writes and reads 4 bytes an output element
-      beside chunk * 4 bytes of keys and values each query group shares: 512 keep that at 3 % for 8 queries a kv head.
-    splits: items of a sequence and group of kv heads at most; one sequence alone then fills the multiprocessors.
-    stages: tiles of keys, and as many of values, in shared memory. By Little's law an H100 needs 3.35 TB/s * 1 us in
-      flight, 25 KB a multiprocessor; at 256 columns two tiles of each are 128 KB while a third is being worked on.
-    blocks: thread blocks, one a multiprocessor.
-    """
-
-    heads: int
-    splits: int
-    stages: int
-    chunk: int
-    blocks: int
-
-
-def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig:
-    """The fastest that was measured. group: query heads a kv head."""
-    return fitting_config(num_kv_heads, group, head_dim, **tuned("paged_decode", padded(head_dim)))
-
-
-def fitting_config(
-    num_kv_heads: int, group: int, head_dim: int, *, width: int, chunk: int, items: int, blocks: int
-) -> DecodeConfig:
-    """As many stages as the shared memory has room for. width: elements of an item's kv heads; items: of a sequence
-    over all its kv heads; both at most."""
-    columns, row = padded_columns(group), padded(head_dim)
-    fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
-    heads = next(d for d in fits if d == 1 or (d * row <= width and d * columns <= MAX_COLUMNS))
-    tiles = 2 * PageTiles(TILE, 1, TILE, heads, head_dim).bytes
-    others = heads * columns * (2 * row + 2 * TILE + 4 * row) + REDUCTION_BYTES + 2048
-    room = SHARED_MEMORY // -(-blocks // MULTIPROCESSORS) - 1024
-    stages = min((room - others) // tiles, 6)
-    return DecodeConfig(heads, max(items * heads // num_kv_heads, 4), stages, chunk, blocks)
 
 
 def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -> str | None:
@@ -106,11 +58,6 @@ def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -
     if group > MAX_COLUMNS:
         return f"it takes at most {MAX_COLUMNS} query heads a kv head, got {group}"
     return None
-
-
-def padded_columns(queries: int) -> int:
-    """Columns of a kv head's queries: wgmma has them in eights."""
-    return -(-queries // 8) * 8
 
 
 def columns_of_heads(query_heads: int, kv_heads: int, members: int = 1) -> Int32[Array, " N"]:

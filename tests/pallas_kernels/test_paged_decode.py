@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_interpreter import caught, interpreted, mutant, without_races
 from paged_oracle import LAYER, Step, assert_sequences_exact
 
-from pallas_kernels import paged_attention, paged_decode, paged_merge, write_kv
+from pallas_kernels import paged_attention, paged_decode, paged_decode_config, paged_merge, write_kv
 from pallas_kernels import paged_attention_mosaic as mosaic
 
 # Of few blocks, each works off several items; of small chunks, many sequences have several parts.
@@ -34,7 +34,7 @@ def small_config(step, **changes):
     _, cache, *_ = step.arguments()
     K, H = cache.num_kv_heads, cache.head_dim
     return dataclasses.replace(
-        paged_decode.default_config(K, step.queries[0].shape[1] // K, H), **SMALL | {"stages": 2} | changes
+        paged_decode_config.default_config(K, step.queries[0].shape[1] // K, H), **SMALL | {"stages": 2} | changes
     )
 
 
@@ -104,7 +104,7 @@ def test_sequences_of_one_part_need_no_merge(monkeypatch, changes, options):
 
 
 def test_how_a_sequence_is_cut_depends_on_its_length_alone():
-    config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
 
     def parts(lengths):
@@ -125,7 +125,7 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
 
 
 def test_windows_skip_the_blocks_outside():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
     assert np.asarray(items.fields)[:4, :4].tolist() == [
         [0, 3968, 4352, 3999],
@@ -136,7 +136,7 @@ def test_windows_skip_the_blocks_outside():
 
 
 def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     low, prefix, place, members = (
         jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
     )

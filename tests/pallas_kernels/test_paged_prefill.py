@@ -107,9 +107,9 @@ def test_a_mixed_step_goes_to_both_kernels():
     step = Step([(1, 5), (1, 300), (7, 7), (70, 200)], rows=5, tokens=90, dtype=ml_dtypes.bfloat16, H=64, N=2, K=1)
     query, cache, batch, key, value = step.arguments()
     cache = write_kv(cache, batch, LAYER, key, value)
-    config = dataclasses.replace(mosaic.paged_decode.default_config(1, 2, 64), blocks=2)
+    config = dataclasses.replace(mosaic.paged_decode_config.default_config(1, 2, 64), blocks=2)
     with pytest.MonkeyPatch.context() as patch:  # 132 thread blocks are many for the interpreter
-        patch.setattr(mosaic.paged_decode, "default_config", lambda *_: config)
+        patch.setattr(mosaic.paged_decode_config, "default_config", lambda *_: config)
         attend = partial(paged_attention, layer=LAYER, implementation="mosaic")
         out = without_races(attend, query, cache, batch)
     assert_sequences_exact(step, out)
