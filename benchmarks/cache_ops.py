@@ -83,27 +83,29 @@ def writes(cache: KVCache, model: Model, tokens: int, implementations: list[Any]
     slots = jnp.asarray(rng.permutation(cache.num_blocks * cache.block_size)[:tokens], jnp.int32)
     none = jnp.zeros(1, jnp.int32)
     batch = PagedBatch(none[:, None], none, jnp.zeros(2, jnp.int32), slots, none[0], max_query_len=1)
-    query, key, value = (
-        jnp.asarray(rng.standard_normal((tokens, heads, model.H), np.float32), model.dtype)
-        for heads in (model.N, model.K, model.K)
-    )
+    shape = (tokens, model.K, model.N // model.K + 2, model.H)
+    layers = [jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype) for _ in range(LAYERS)]
+    new = [(qkv[:, :, 0], qkv[:, :, 1]) for qkv in layers]
     cos, sin = (jnp.asarray(rng.standard_normal((tokens, model.H // 2), np.float32)) for _ in range(2))
     calls: dict[str, Call] = {}
     for implementation in implementations:
 
         @partial(jax.jit, donate_argnums=0)
-        def write(cache: KVCache, query: Any, implementation: Any = implementation) -> tuple[Any, KVCache]:
+        def write(cache: KVCache, layers: Any, implementation: Any = implementation) -> tuple[list[Any], KVCache]:
             """Of several layers, as in a step of a model."""
-            for layer in range(LAYERS):
+            queries = []
+            for layer, tokens in enumerate(layers):
                 if rotate:
-                    new = query, key, value, cos, sin
-                    query, cache = rotate_and_write_kv(cache, batch, layer, *new, implementation=implementation)
+                    query, cache = rotate_and_write_kv(
+                        cache, batch, layer, tokens, cos, sin, implementation=implementation
+                    )
+                    queries.append(query)
                 else:
-                    cache = write_kv(cache, batch, layer, key, value, implementation=implementation)
-            return query, cache
+                    cache = write_kv(cache, batch, layer, *tokens, implementation=implementation)
+            return queries, cache
 
-        calls[str(implementation)] = lambda cache, write=write: write(cache, query)[1]
-    query_bytes = 2 * query.nbytes if rotate else 0
+        calls[str(implementation)] = lambda cache, write=write: write(cache, layers if rotate else new)[1]
+    query_bytes = 2 * tokens * model.N * model.H * jnp.dtype(model.dtype).itemsize if rotate else 0
     return rates(cache, calls, LAYERS * (2 * tokens * model.token_bytes + query_bytes))
 
 

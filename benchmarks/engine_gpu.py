@@ -46,15 +46,17 @@ def prompts_of(config: LlamaConfig, batch: int, length: int) -> list[list[int]]:
 
 
 def run(engine: LLMEngine, prompts: list[list[int]], new: int, note: Callable[[float, int], None]) -> float:
-    """Seconds of all requests; note(seconds, running requests that got a token) is told of each step."""
+    """Seconds of all requests; note(seconds, tokens) is told of each step."""
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     start = time.perf_counter()
     for number, prompt in enumerate(prompts):
         engine.add_request(f"{start}-{number}", prompt, params)
     while engine.has_unfinished():
-        before = time.perf_counter()
-        outputs = engine.step()
-        note(time.perf_counter() - before, len(outputs))
+        before, tokens = time.perf_counter(), engine.stats().generation_tokens
+        for output in engine.step(only_finished=True):
+            if output.error is not None:
+                raise RuntimeError(output.error)
+        note(time.perf_counter() - before, engine.stats().generation_tokens - tokens)
     return time.perf_counter() - start
 
 
@@ -88,7 +90,7 @@ def floor_seconds(name: str, batch: int, context: float, bandwidth: float) -> fl
 
 def measure(engine: LLMEngine, name: str, prompts: list[list[int]], new: int, floor: float) -> dict[str, Any]:
     batch, steps = len(prompts), list[float]()
-    seconds = run(engine, prompts, new, lambda seconds, outputs: steps.append(seconds) if outputs == batch else None)
+    seconds = run(engine, prompts, new, lambda seconds, tokens: steps.append(seconds) if tokens == batch else None)
     step = median(steps)
     return {
         "model": name,
@@ -111,9 +113,9 @@ def host_seconds(engine: LLMEngine, prompts: list[list[int]]) -> float:
         engine.add_request(f"host-{number}", prompt, params)
     while engine.has_unfinished():
         time.sleep(0.02)  # the step under way ends meanwhile
-        start = time.perf_counter()
-        outputs = engine.step()
-        if len(outputs) == len(prompts):
+        start, tokens = time.perf_counter(), engine.stats().generation_tokens
+        engine.step(only_finished=True)
+        if engine.stats().generation_tokens - tokens == len(prompts):
             times.append(time.perf_counter() - start)
     return median(times)
 
@@ -160,12 +162,12 @@ def main() -> None:
         prompts = prompts_of(CONFIGS[name], batch, prompt)
         floor = floor_seconds(name, batch, prompt + new / 2, bandwidth)
         start = time.perf_counter()
-        run(engine, prompts, new, lambda seconds, outputs: None)
+        run(engine, prompts, new, lambda seconds, tokens: None)
         row = {"compiling and first run s": time.perf_counter() - start}
         figures.add("engine", measure(engine, name, prompts, new, floor) | row)
         figures.add("host", {"model": name, "batch": batch, "step ms": host_seconds(engine, prompts) * 1e3})
         if arguments.peer:
-            ours = batch * arguments.peer_new / run(engine, prompts, arguments.peer_new, lambda seconds, outputs: None)
+            ours = batch * arguments.peer_new / run(engine, prompts, arguments.peer_new, lambda seconds, tokens: None)
             del engine
             peer = peer_rate(arguments.peer_python, name, batch, prompt, arguments.peer_new)
             sizes = {"model": name, "batch": batch, "prompt": prompt, "new": arguments.peer_new}

@@ -290,7 +290,7 @@ def main() -> None:
 
     console = Console()
     model = gguf_path(args.model)
-    llm = LLM(args.model)
+    llm = LLM(args.model, enable_prefix_caching=False)  # what one workload has computed must not help the next
     tokens = list(llm.generate(TEXT, SamplingParams(max_tokens=1), progress=False)[0].prompt_token_ids)
     peers = start_peers(args.peer_python, model, args.threads, console)
     versions = {"jax": jax.__version__}

@@ -16,7 +16,6 @@ from .llm_engine import EngineStats, LLMEngine
 from .outputs import RequestOutput
 from .progress import Progress
 from .sampling_params import SamplingParams
-from .step_inputs import StepShape
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | BeamSearchParams
@@ -50,7 +49,7 @@ class LLM:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         dtype = self.config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         weights, self.tokenizer = models.load(model, dtype=dtype)
-        self._on_compile: Callable[[StepShape], None] | None = None  # of the call under way
+        self._on_compile: Callable[[str], None] | None = None  # of the call under way
         self.engine = LLMEngine(weights, self.tokenizer, self.config, on_compile=self._compiling)
         self._request_ids = map(str, count())
 
@@ -182,8 +181,8 @@ class LLM:
         self._on_compile = bar and bar.compiling
         try:
             while len(outputs) < len(request_ids):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in request_ids:
+                for output in self.engine.step(only_finished=True):
+                    if output.request_id in request_ids:
                         outputs[output.request_id] = output
                         if bar is not None:
                             bar.finished(output)
@@ -203,9 +202,9 @@ class LLM:
                 f"{function}: expected an engine without requests of its own under way; step it to their end"
             )
 
-    def _compiling(self, shape: StepShape) -> None:
+    def _compiling(self, what: str) -> None:
         if self._on_compile is not None:
-            self._on_compile(shape)
+            self._on_compile(what)
 
 
 @dataclass(frozen=True)

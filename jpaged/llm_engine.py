@@ -22,7 +22,6 @@ from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .scheduler_output import SchedulerOutput
 from .sequence import Sequence as TokenSequence
-from .step_inputs import StepShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,7 @@ class EngineStats:
     """Those of them that were found."""
     steps: int
     compiled_shapes: int
+    """Programs compiled: one for each shape of a step, and for each set of things asked of the sampler."""
     compile_seconds: float
 
 
@@ -79,7 +79,7 @@ class LLMEngine:
       model: a pytree with `config`, `step` and `logits` (see `models.Llama`).
       tokenizer: None for a model without one; prompts are then token ids, and outputs have no text.
       config: sizes and limits.
-      on_compile: told a step's shape before it is compiled.
+      on_compile: told what is to be compiled, "a step of 64 tokens", before it is.
 
     Raises ValueError where the cache does not fit the device's memory, or `max_model_len` is beyond the model's.
 
@@ -96,7 +96,7 @@ class LLMEngine:
         tokenizer: Tokenizer | None,
         config: EngineConfig,
         *,
-        on_compile: Callable[[StepShape], None] = lambda shape: None,
+        on_compile: Callable[[str], None] = lambda what: None,
     ) -> None:
         limits = model.config
         self.config = config
@@ -187,8 +187,11 @@ class LLMEngine:
         """Lets go of the blocks of a prefix: they stay cached until they are needed. KeyError where none are kept."""
         self._scheduler.release_prefix(request_id)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, only_finished: bool = False) -> list[RequestOutput]:
         """Takes in one step, while the next one runs; returns the requests that got a token or ended in it.
+
+        With `only_finished`, those that ended: to write down how far all the others have come is much of what the host
+        does between two steps, so whoever does not stream should not ask for it.
 
         Ctrl-C may end it at any moment, and loses nothing: the steps that follow go on from there.
         """
@@ -198,7 +201,8 @@ class LLMEngine:
             self._finish_step()
         self._finish_surplus()
         request_ids, self._to_report = self._to_report, {}
-        return [self._output(self._requests[request_id]) for request_id in request_ids if request_id in self._requests]
+        requests = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        return [self._output(request) for request in requests if not only_finished or request.has_finished]
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request now and returns it as far as it came; None for one that is not (or no longer) known."""
@@ -235,8 +239,8 @@ class LLMEngine:
             prefix_cache_queries=scheduler.num_prompt_tokens if self.config.enable_prefix_caching else 0,
             prefix_cache_hits=scheduler.num_cached_tokens,
             steps=self._num_steps,
-            compiled_shapes=len(self._runner.compile_seconds),
-            compile_seconds=sum(self._runner.compile_seconds.values()),
+            compiled_shapes=self._runner.num_programs,
+            compile_seconds=self._runner.compile_seconds,
         )
 
     def _add(
@@ -272,7 +276,7 @@ class LLMEngine:
                 if not output.is_empty:
                     self._note_start(output)
                     try:
-                        step = self._runner.start(output)
+                        step = self._runner.start(output, len(self._sequences))
                     except Exception as error:
                         self._fail(error)
                         return

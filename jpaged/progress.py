@@ -11,7 +11,6 @@ from rich.progress import Progress as RichProgress
 
 from .llm_engine import LLMEngine
 from .outputs import RequestOutput
-from .step_inputs import StepShape
 
 
 class Progress:
@@ -45,9 +44,9 @@ class Progress:
         if self._shown and kind is None:
             self._console.print(self._summary(), highlight=False)
 
-    def compiling(self, shape: StepShape) -> None:
-        """A step of a new shape is about to be compiled."""
-        self._bar.update(self._task, description=f"compiling a step of {shape.tokens} tokens", refresh=True)
+    def compiling(self, what: str) -> None:
+        """Something is about to be compiled."""
+        self._bar.update(self._task, description=f"compiling {what}", refresh=True)
 
     def finished(self, output: RequestOutput) -> None:
         """A request has ended."""
@@ -74,7 +73,7 @@ class Progress:
         first = f"{median(self._first_tokens):.2f} s" if self._first_tokens else "-"
         return (
             f"{tokens} tokens in {seconds:.1f} s, {compiling:.1f} s of them compiling "
-            f"{now.compiled_shapes - before.compiled_shapes} shapes: {tokens / seconds:.0f} tokens/s\n"
+            f"{now.compiled_shapes - before.compiled_shapes} programs: {tokens / seconds:.0f} tokens/s\n"
             f"first token after {first} in the median; {now.num_preemptions - before.num_preemptions} preemptions; "
             f"{hits} prompt tokens found in the prefix cache\n"
             f"at most {now.peak_blocks} of {now.num_blocks} blocks held; {carrying:.1%} of held slots carried a token"

@@ -43,9 +43,14 @@ class Request(ABC):
     def completions(self) -> tuple[CompletionOutput, ...]:
         """The answers, as far as they have come."""
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return not self.group.unfinished()
+
     def output(self) -> RequestOutput:
         """The request as it stands."""
-        finished = not self.group.unfinished()
+        finished = self.has_finished
         return RequestOutput(
             request_id=self.group.request_id,
             prompt=self.prompt,

@@ -1,9 +1,8 @@
 """The device's side of a step: it holds the weights and the cache, and runs what the scheduler put together."""
 
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import HostPool, KVCache, PagedBatch, copy_blocks
 
+from .packing import Layout, layout_of, pack, unpack
+from .programs import Program, Programs
 from .sampler import (
     IN_PROMPT,
     LogitEdits,
@@ -27,9 +28,10 @@ from .sampler import (
     top_logprobs,
 )
 from .sampling_params import MAX_LOGPROBS, SamplingParams
-from .sampling_rows import pad, power_of_two
+from .sampling_rows import SamplingInputs, SamplingShape, power_of_two
+from .sampling_rows import pad as pad_to
 from .scheduler_output import SchedulerOutput
-from .step_inputs import StepBuilder, StepInputs, StepShape
+from .step_inputs import Step, StepBuilder, StepInputs, StepShape
 
 MIN_COPIES = 8
 LOGITS_TILE = 64  # tokens of a prompt whose logits are held at once
@@ -80,7 +82,7 @@ class StepResult(NamedTuple):
 
     token_ids: list[int]  # -1: there was nothing to draw, since no logit was finite
     logprobs: list[float]  # by the model's own distribution; NaN where the model gave none
-    top_token_ids: np.ndarray  # int32 [samples, n], best first; zeros when no row asked
+    top_token_ids: np.ndarray  # int32 [samples, n], best first; n is 0 when no row asked
     top_logprobs: np.ndarray  # float32
     prompt_logprobs: list[PromptLogprobs]
 
@@ -98,9 +100,17 @@ class _Sampled(NamedTuple):
 
     token_ids: Array
     logprobs: Array
-    top_token_ids: Array
-    top_logprobs: Array
+    top: tuple[Array, Array] | None  # the likeliest tokens and their logprobs, where a row asks
     prompt_logprobs: tuple[Array, Array, Array] | None
+
+
+class PromptShape(NamedTuple):
+    """What the ranking of a prompt's tokens is compiled for."""
+
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"the logprobs of a prompt's {self.tokens} tokens"
 
 
 class Runner:
@@ -112,7 +122,7 @@ class Runner:
       num_host_blocks: of the pool in the host's memory that blocks are swapped to.
       max_num_seqs, max_num_batched_tokens, max_model_len: the scheduler's limits.
       batch_invariant: see `EngineConfig`.
-      on_compile: told the shape before a step is compiled for it, which takes seconds.
+      on_compile: told what is to be compiled, "a step of 64 tokens", before that is done, which takes seconds.
     """
 
     def __init__(
@@ -126,15 +136,12 @@ class Runner:
         max_num_batched_tokens: int,
         max_model_len: int,
         batch_invariant: bool = False,
-        on_compile: Callable[[StepShape], None] = lambda shape: None,
+        on_compile: Callable[[str], None] = lambda what: None,
     ) -> None:
         # A call with flat leaves is dispatched several times faster than one with a module.
         self._leaves, treedef = jax.tree.flatten(model)
-        self._step = jax.jit(
-            partial(_step, treedef.unflatten),
-            donate_argnames="state",
-            static_argnames=("is_decode", "num_logprobs"),
-        )
+        self._model_of = treedef.unflatten
+        self._programs = Programs(on_compile)
         self._builder = StepBuilder(
             block_size=block_size,
             max_num_seqs=max_num_seqs,
@@ -143,47 +150,55 @@ class Runner:
             vocab_size=model.config.vocab_size,
             batch_invariant=batch_invariant,
         )
-        self._new_state = partial(_new_state, model.config, num_blocks, block_size, max_num_seqs, self._leaves[0].dtype)
-        self._state = self._new_state()
+        self._new_cache = partial(_new_cache, model.config, num_blocks, block_size, self._leaves[0].dtype)
+        self._cache = self._new_cache()
+        self._last_tokens = jnp.zeros(max_num_seqs, jnp.int32)  # what each row sampled last
         self._host_pool = HostPool(num_host_blocks)
         self._said: Array | None = None  # [rows, vocab], see `Penalties`; once a request has penalties
         self._said_shape = (max_num_seqs, model.config.vocab_size)
-        self._on_compile = on_compile
-        self.compile_seconds: dict[StepShape, float] = {}
-        """Of each shape so far: tracing, and compiling or loading from JAX's cache on disk."""
 
-    def start(self, output: SchedulerOutput) -> StepInFlight:
-        """Gives the device a step, after those it was given before. If it raises, see `reset`."""
+    @property
+    def num_programs(self) -> int:
+        """How many were compiled."""
+        return len(self._programs)
+
+    @property
+    def compile_seconds(self) -> float:
+        """Of all programs: tracing, and compiling or loading from JAX's cache on disk."""
+        return self._programs.compile_seconds
+
+    def start(self, output: SchedulerOutput, num_unfinished: int = 1) -> StepInFlight:
+        """Gives the device a step, after those it was given before. If it raises, see `reset`.
+
+        Where the step has to be compiled, so are the decodes of as many sequences as are unfinished, beside it.
+        """
         self._builder.update_rows(output)
         self._count_said(output)
         self._move_blocks(output)
         if not output.num_tokens:
             return StepInFlight(output, None, [])
-        shape, inputs = self._builder.build(output)
-        is_new = shape not in self.compile_seconds
-        if is_new:
-            self._on_compile(shape)
-        start = time.perf_counter()
-        state = self._state._replace(said=self._said if shape.is_penalized else None)
-        state, sampled = self._step(
-            self._leaves, state, inputs, is_decode=shape.is_decode, num_logprobs=shape.num_logprobs
-        )
-        if shape.is_penalized:
-            self._said = state.said
-        self._state = state._replace(said=None)
-        if is_new:
-            self.compile_seconds[shape] = time.perf_counter() - start
+        step = self._builder.build(output)
+        if step.shape not in self._programs:
+            shapes = dict.fromkeys((step.shape, self._builder.decode_shape(num_unfinished)))
+            self._programs.compile(
+                {shape: self._model_program(shape) for shape in shapes if shape not in self._programs}
+            )
+        hidden, logits, followed = self._run_model(step)
+        sampled = self._sample(step, logits, followed)
+        if step.next_prompt_tokens is not None:
+            sampled = sampled._replace(prompt_logprobs=self._rank_prompt(hidden, step.next_prompt_tokens))
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
-        return StepInFlight(output, sampled, self._wanted_prompt_logprobs(output) if shape.prompt_logprobs else [])
+        wanted = [] if sampled.prompt_logprobs is None else self._wanted_prompt_logprobs(output)
+        return StepInFlight(output, sampled, wanted)
 
     def finish(self, step: StepInFlight) -> StepResult:
         """Waits for a step's samples. If it raises, see `reset`."""
-        if step.sampled is None:
-            nothing = np.zeros((0, MAX_LOGPROBS))
-            return StepResult([], [], nothing.astype(np.int32), nothing.astype(np.float32), [])
-        token_ids, logprobs, top_token_ids, top_logprobs, of_prompts = jax.device_get(step.sampled)
         n = len(step.output.samples)
+        if step.sampled is None:
+            return StepResult([], [], *_nothing_ranked(n), [])
+        token_ids, logprobs, top, of_prompts = jax.device_get(step.sampled)
+        top_token_ids, top_logprobs = top or _nothing_ranked(n)
         prompt_logprobs = [
             PromptLogprobs(seq_id, start, *(array[first:end] for array in of_prompts))
             for seq_id, start, first, end in step.wanted
@@ -202,21 +217,55 @@ class Runner:
         """Empties cache and host pool after a failure: they were donated to a step that never came back, or written
         by one that failed. The memory goes before the new is taken."""
         self._said = None
-        del self._state
-        self._state = self._new_state()
+        del self._cache
+        self._cache = self._new_cache()
+        self._last_tokens = jnp.zeros(self._said_shape[0], jnp.int32)
         self._host_pool = HostPool(self._host_pool.num_blocks)
 
+    def _model_program(self, shape: StepShape) -> Program:
+        """See `_run_model`."""
+        inputs = self._builder.blank(shape)
+        function = partial(_run_model, self._model_of, shape.is_decode, layout_of(inputs))
+        return Program(jax.jit(function, donate_argnums=1), self._model_arguments(inputs))
+
+    def _model_arguments(self, inputs: StepInputs) -> tuple[Any, ...]:
+        return self._leaves, (self._cache.keys, self._cache.values), self._last_tokens, pack(inputs)
+
+    def _run_model(self, step: Step) -> tuple[Array, Array, Array]:
+        """The final hidden states, and of each sample the logits and the token before it."""
+        pages, hidden, logits, followed = self._programs(step.shape, *self._model_arguments(step.inputs))
+        self._cache = KVCache(*pages)
+        return hidden, logits, followed
+
+    def _sample(self, step: Step, logits: Array, followed: Array) -> _Sampled:
+        """Draws a step's samples, and remembers them for the next step."""
+        shape = step.sampling_shape
+        said = self._said if shape.is_penalized else None
+        arguments = self._last_tokens, said, logits, followed, pack(step.sampling)
+        if shape not in self._programs:
+            function = partial(_sample, shape, layout_of(step.sampling))
+            self._programs.compile({shape: Program(jax.jit(function, donate_argnums=(0, 1)), arguments)})
+        self._last_tokens, said, sampled = self._programs(shape, *arguments)
+        if shape.is_penalized:
+            self._said = said
+        return sampled
+
+    def _rank_prompt(self, hidden: Array, following: np.ndarray) -> tuple[Array, Array, Array]:
+        """See `_prompt_logprobs`."""
+        shape, arguments = PromptShape(len(following)), (self._leaves, hidden, following)
+        if shape not in self._programs:
+            self._programs.compile({shape: Program(jax.jit(partial(_prompt_logprobs, self._model_of)), arguments)})
+        return self._programs(shape, *arguments)
+
     def _move_blocks(self, output: SchedulerOutput) -> None:
-        cache = self._state.cache
         if output.swap_out:
-            self._host_pool.store(cache, np.array(output.swap_out, np.int32))
+            self._host_pool.store(self._cache, np.array(output.swap_out, np.int32))
         if output.swap_in:
-            cache = self._host_pool.load(cache, np.array(output.swap_in, np.int32))
-            self._state = self._state._replace(cache=cache)
+            self._cache = self._host_pool.load(self._cache, np.array(output.swap_in, np.int32))
         if output.copies:
             pairs = np.array(output.copies, np.int32)
-            pairs = pad(pairs, max(MIN_COPIES, power_of_two(len(pairs))), -1)
-            self._state = self._state._replace(cache=_copy_blocks(cache, pairs))
+            pairs = pad_to(pairs, max(MIN_COPIES, power_of_two(len(pairs))), -1)
+            self._cache = _copy_blocks(self._cache, pairs)
 
     def _count_said(self, output: SchedulerOutput) -> None:
         """What the new occupants of rows with penalties have said before."""
@@ -239,14 +288,6 @@ class Runner:
         return wanted
 
 
-class _State(NamedTuple):
-    """What stays on the device between steps, and is donated to each."""
-
-    cache: KVCache
-    last_tokens: Array  # int32 [rows]: what each row sampled last
-    said: Array | None  # int32 [rows, vocab], in steps with penalties
-
-
 _copy_blocks = partial(jax.jit, donate_argnums=0)(copy_blocks)
 
 
@@ -255,8 +296,8 @@ def _set_row(said: Array, row: Int32[Array, ""], values: Int32[Array, " V"]) -> 
     return said.at[row].set(values)
 
 
-def _new_state(config: ModelConfig, num_blocks: int, block_size: int, max_num_seqs: int, dtype: np.dtype) -> _State:
-    cache = KVCache.create(
+def _new_cache(config: ModelConfig, num_blocks: int, block_size: int, dtype: np.dtype) -> KVCache:
+    return KVCache.create(
         num_layers=config.num_layers,
         num_blocks=num_blocks,
         block_size=block_size,
@@ -264,22 +305,24 @@ def _new_state(config: ModelConfig, num_blocks: int, block_size: int, max_num_se
         head_dim=config.head_dim,
         dtype=dtype,
     )
-    return _State(cache, jnp.zeros(max_num_seqs, jnp.int32), None)
 
 
-def _step(
+def _nothing_ranked(n: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32)
+
+
+def _run_model(
     model_of: Callable[[list[Array]], Model],
-    leaves: list[Array],
-    state: _State,
-    inputs: StepInputs,
-    *,
     is_decode: bool,
-    num_logprobs: int,
-) -> tuple[_State, _Sampled]:
-    """One step, under `jax.jit`: the model, then the sampler on the tokens that are followed by a sample."""
-    model = model_of(leaves)
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    ids = jnp.where(inputs.token_ids < 0, state.last_tokens[jnp.maximum(-1 - inputs.token_ids, 0)], inputs.token_ids)
+    layout: Layout,
+    leaves: list[Array],
+    pages: tuple[Array, Array],  # the cache's
+    last_tokens: Array,
+    packed: Array,
+) -> tuple[tuple[Array, Array], Array, Array, Array]:
+    """A step's tokens through the model; see `Runner._run_model`."""
+    model, inputs = model_of(leaves), StepInputs(*unpack(packed, layout))
+    ids = jnp.where(inputs.token_ids < 0, last_tokens[jnp.maximum(-1 - inputs.token_ids, 0)], inputs.token_ids)
     batch = PagedBatch(
         block_tables=inputs.block_tables,
         context_lens=inputs.context_lens,
@@ -288,47 +331,55 @@ def _step(
         num_decodes=inputs.num_decodes,
         max_query_len=1 if is_decode else len(ids),
     )
-    hidden, cache = model.step(ids, inputs.positions, state.cache, batch)
-    logits = model.logits(hidden[inputs.token_index])
-    with jax.named_scope("sample"):
-        drawn = _draw(logits, state.said, inputs, ids[inputs.token_index])
-        last_tokens = state.last_tokens.at[inputs.rows].set(drawn, mode="drop")
-        said = state.said
-        if said is not None:
-            said = said.at[inputs.rows, drawn].add(1, mode="drop", wrap_negative_indices=False)
-        # By the model's own distribution: of the logits as they came.
-        of_prompt = None
-        if len(inputs.next_prompt_tokens):
-            of_prompt = _prompt_logprobs(model, hidden, inputs.next_prompt_tokens, num_logprobs)
-        sampled = _Sampled(
-            drawn,
-            logprobs_of(logits, jnp.maximum(drawn, 0)),
-            *top_logprobs(logits, inputs.wants_logprobs, num_logprobs),
-            of_prompt,
-        )
-    return _State(cache, last_tokens, said), sampled
+    hidden, cache = model.step(ids, inputs.positions, KVCache(*pages), batch)
+    return (cache.keys, cache.values), hidden, model.logits(hidden[inputs.token_index]), ids[inputs.token_index]
 
 
-def _draw(logits: Array, said: Array | None, inputs: StepInputs, previous: Array) -> Array:
-    """A token a sample by all that is asked, or -1 where nothing is left to draw or the logits are not numbers."""
-    asked = inputs.sampling
-    if asked.allowed.shape[1]:
-        logits = allow(logits, asked.allowed)
-    edits = LogitEdits(asked.edit_sample, asked.edit_token, asked.edit_value, asked.edit_after)
-    logits = edit(logits, edits, previous)
+def _sample(
+    shape: SamplingShape,
+    layout: Layout,
+    last_tokens: Array,
+    said: Array | None,
+    logits: Array,
+    followed: Array,
+    packed: Array,
+) -> tuple[Array, Array | None, _Sampled]:
+    """A step's logits to tokens; see `Runner._sample`."""
+    inputs = SamplingInputs(*unpack(packed, layout))
+    drawn = _draw(shape, inputs, logits, said, followed)
+    last_tokens = last_tokens.at[inputs.rows].set(drawn, mode="drop")
     if said is not None:
-        logits = penalize(logits, Penalties(said.at[inputs.rows].get(mode="clip"), *asked.penalties.T))
-    keys = sampling_keys(asked.seed, asked.index, inputs.sample_positions)
-    drawn = sample(logits, SamplingBatch(asked.temperature, asked.top_k, asked.top_p, asked.min_p, keys))
+        said = said.at[inputs.rows, drawn].add(1, mode="drop", wrap_negative_indices=False)
+    # By the model's own distribution: of the logits as they came.
+    logprobs = logprobs_of(logits, jnp.maximum(drawn, 0))
+    top = top_logprobs(logits, shape.num_logprobs) if shape.num_logprobs else None
+    return last_tokens, said, _Sampled(drawn, logprobs, top, None)
+
+
+def _draw(shape: SamplingShape, asked: SamplingInputs, logits: Array, said: Array | None, followed: Array) -> Array:
+    """A token a sample by all that is asked, or -1 where nothing is left to draw or the logits are not numbers."""
+    if shape.is_restricted:
+        logits = allow(logits, asked.allowed)
+    if shape.edits:
+        edits = LogitEdits(asked.edit_sample, asked.edit_token, asked.edit_value, asked.edit_after)
+        logits = edit(logits, edits, followed)
+    if said is not None:
+        logits = penalize(logits, Penalties(said.at[asked.rows].get(mode="clip"), *asked.penalties.T))
+    keys = sampling_keys(asked.seed, asked.index, asked.positions)
+    batch = SamplingBatch(asked.temperature, asked.top_k, asked.top_p, asked.min_p, keys)
+    drawn = sample(logits, batch, draws=shape.draws, cuts=shape.cuts)
     return jnp.where(jnp.isfinite(logits.max(-1)), drawn, -1)
 
 
-def _prompt_logprobs(model: Model, hidden: Array, following: Array, num_logprobs: int) -> tuple[Array, Array, Array]:
+def _prompt_logprobs(
+    model_of: Callable[[list[Array]], Model], leaves: list[Array], hidden: Array, following: Array
+) -> tuple[Array, Array, Array]:
     """The log-probability of the token that follows each of T ones, and the likeliest, a few tokens at a time."""
+    model = model_of(leaves)
 
     def of_tile(tile: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         logits = model.logits(tile[0])
-        return logprobs_of(logits, tile[1]), *top_logprobs(logits, jnp.asarray(True), num_logprobs)
+        return logprobs_of(logits, tile[1]), *top_logprobs(logits, MAX_LOGPROBS)
 
     tiles = jax.tree.map(
         lambda array: jnp.pad(array, [(0, -len(array) % LOGITS_TILE)] + [(0, 0)] * (array.ndim - 1)).reshape(

@@ -5,9 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, UInt32
-
-from .sampling_params import MAX_LOGPROBS
+from jaxtyping import Array, Float, Int32, UInt32
 
 DRAW_TILE = 256  # tokens
 IN_PROMPT = 1 << 30
@@ -55,21 +53,22 @@ def sampling_keys(
     return jax.vmap(fold)(seed, index, position)
 
 
-def sample(logits: Float[Array, "R V"], batch: SamplingBatch) -> Int32[Array, " R"]:
+def sample(
+    logits: Float[Array, "R V"], batch: SamplingBatch, *, draws: bool = True, cuts: bool = True
+) -> Int32[Array, " R"]:
     """Draws one token a row: the likeliest, or by softmax(logits / temperature) cut to top_k, then to top_p of
     what is left, then to min_p times the likeliest token's probability. Tokens that tie with the last one kept
-    are kept too. What no row asks for is not computed."""
+    are kept too. Where it is known that no row draws, or none cuts, that is not computed."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def draw() -> Array:
-        # Below zero, so that the smallest temperature overflows to -inf and not to inf.
-        scaled = logits - logits.max(-1, keepdims=True)
-        scaled = scaled / jnp.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
-        asks = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
-        scaled = lax.cond(asks.any(), lambda: _cut(scaled, batch), lambda: scaled)
-        return jnp.where(batch.temperature > 0, _draw(scaled, batch.keys), greedy)
-
-    return lax.cond((batch.temperature > 0).any(), draw, lambda: greedy)
+    if not draws:
+        return greedy
+    # Below zero, so that the smallest temperature overflows to -inf and not to inf.
+    scaled = logits - logits.max(-1, keepdims=True)
+    scaled = scaled / jnp.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
+    if cuts:
+        scaled = _cut(scaled, batch)
+    # A row's token must not depend on whether others cut: behind the barrier both programs compute alike.
+    return jnp.where(batch.temperature > 0, _draw(lax.optimization_barrier(scaled), batch.keys), greedy)
 
 
 def allow(logits: Float[Array, "R V"], allowed: UInt32[Array, "R words"]) -> Float[Array, "R V"]:
@@ -80,13 +79,9 @@ def allow(logits: Float[Array, "R V"], allowed: UInt32[Array, "R words"]) -> Flo
 
 def edit(logits: Float[Array, "R V"], edits: LogitEdits, previous: Int32[Array, " R"]) -> Float[Array, "R V"]:
     """The logits with the edits added, of samples that follow the tokens `previous`."""
-
-    def add() -> Array:
-        applies = (edits.after < 0) | (edits.after == previous.at[edits.sample].get(mode="clip"))
-        value = jnp.where(applies, edits.value, 0.0)
-        return logits.at[edits.sample, edits.token_id].add(value, mode="drop")
-
-    return lax.cond((edits.sample < len(logits)).any(), add, lambda: logits)
+    applies = (edits.after < 0) | (edits.after == previous.at[edits.sample].get(mode="clip"))
+    value = jnp.where(applies, edits.value, 0.0)
+    return logits.at[edits.sample, edits.token_id].add(value, mode="drop")
 
 
 def penalize(logits: Float[Array, "R V"], penalties: Penalties) -> Float[Array, "R V"]:
@@ -104,20 +99,10 @@ def logprobs_of(logits: Float[Array, "R V"], token_ids: Int32[Array, " R"]) -> F
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def top_logprobs(
-    logits: Float[Array, "R V"], is_asked: Bool[Array, ""], n: int = MAX_LOGPROBS
-) -> tuple[Int32[Array, "R n"], Float[Array, "R n"]]:
-    """The n likeliest tokens of each row, best first, and their log-probabilities; zeros if not asked."""
-    n = min(n, logits.shape[-1])
-
-    def rank() -> tuple[Array, Array]:
-        values, token_ids = lax.top_k(logits, n)
-        return token_ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-
-    def nothing() -> tuple[Array, Array]:
-        return jnp.zeros((logits.shape[0], n), jnp.int32), jnp.zeros((logits.shape[0], n), jnp.float32)
-
-    return lax.cond(is_asked, rank, nothing)
+def top_logprobs(logits: Float[Array, "R V"], n: int) -> tuple[Int32[Array, "R n"], Float[Array, "R n"]]:
+    """The n likeliest tokens of each row, or all, best first, and their log-probabilities."""
+    values, token_ids = lax.top_k(logits, min(n, logits.shape[-1]))
+    return token_ids, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _draw(logits: Array, keys: Array) -> Array:

@@ -7,16 +7,36 @@ from jaxtyping import Float32, Int32, UInt32
 
 from .beam_search import num_candidates
 from .beam_search_params import BeamSearchParams
-from .sampling_params import SamplingParams
+from .sampling_params import MAX_LOGPROBS, SamplingParams
 from .scheduler_output import NewRow
 
 MIN_EDITS = 16
 _INT32_MAX = np.iinfo(np.int32).max
 
 
-class SamplingInputs(NamedTuple):
-    """What R samples ask, padding included. See `sampler` for what is done with it."""
+class SamplingShape(NamedTuple):
+    """What the sampler's part of a step is compiled for: what no sample asks for is left out."""
 
+    samples: int
+    draws: bool  # some sample is not greedy
+    cuts: bool  # by top_k, top_p or min_p
+    edits: int  # of logits
+    is_restricted: bool  # some sample may draw but some tokens
+    is_penalized: bool
+    num_logprobs: int  # likeliest tokens of a sample that are ranked; 0: none
+
+    def __str__(self) -> str:
+        return f"a sampler of {self.samples} tokens"
+
+
+class SamplingInputs(NamedTuple):
+    """R samples and what they ask, padding included. See `sampler` for what is done with it.
+
+    NumPy arrays as laid out here, JAX's within the step.
+    """
+
+    rows: Int32[Any, " R"]  # whose last sample each becomes; max_num_seqs for padding
+    positions: Int32[Any, " R"]  # where it will stand in its sequence
     index: Int32[Any, " R"]  # of the sample within its request
     seed: UInt32[Any, "R 2"]
     temperature: Float32[Any, " R"]
@@ -117,22 +137,28 @@ class SamplingRows:
         if self._bad_words[row] and self._seq_ids[row] == seq_id:
             self._generated[row].append(token_id)
 
-    def is_penalized(self, rows: np.ndarray) -> bool:
-        """Whether any of the rows has penalties."""
-        return bool(self._rows["is_penalized"][rows].any())
-
-    def num_logprobs(self, rows: np.ndarray) -> int:
-        """The most likeliest tokens that any of the rows wants reported."""
-        return int(self._rows["num_logprobs"][rows].max(initial=0))
-
-    def lay_out(self, rows: np.ndarray, positions: np.ndarray, R: int) -> SamplingInputs:
-        """The inputs of samples that these rows take at these positions, padded to R."""
+    def lay_out(self, rows: np.ndarray, positions: np.ndarray, R: int) -> tuple[SamplingShape, SamplingInputs]:
+        """The samples that these rows take at these positions, padded to R."""
         asked = self._rows[rows]
+        draws = asked["temperature"] > 0
+        cuts = draws & ((asked["top_k"] > 0) | (asked["top_p"] < 1) | (asked["min_p"] > 0))
         edits = self._lay_out_edits(rows, positions, asked, R)
         allowed = np.zeros((R, 0), np.uint32)
         if self._allowed is not None and asked["is_restricted"].any():
             allowed = pad(self._allowed[rows], R)
-        return SamplingInputs(
+        num_logprobs = int(asked["num_logprobs"].max(initial=0))
+        shape = SamplingShape(
+            samples=R,
+            draws=bool(draws.any()),
+            cuts=bool(cuts.any()),
+            edits=len(edits[0]),
+            is_restricted=allowed.shape[1] > 0,
+            is_penalized=bool(asked["is_penalized"].any()),
+            num_logprobs=max(MAX_LOGPROBS, power_of_two(num_logprobs)) if num_logprobs else 0,
+        )
+        inputs = SamplingInputs(
+            rows=pad(rows, R, len(self._rows)),
+            positions=pad(positions, R),
             index=pad(asked["index"], R),
             seed=pad(asked["seed"], R),
             temperature=pad(asked["temperature"], R),
@@ -146,6 +172,7 @@ class SamplingRows:
             edit_after=edits[3],
             allowed=allowed,
         )
+        return shape, inputs
 
     def _lay_out_edits(
         self, rows: np.ndarray, positions: np.ndarray, asked: np.ndarray, R: int
@@ -161,7 +188,7 @@ class SamplingRows:
             if self._bad_words[row]:
                 of_samples.append((sample, self._ends_of_bad_words(row, int(positions[sample]))))
         num_edits = sum(len(edits.token) for _, edits in of_samples)
-        E = max(MIN_EDITS, power_of_two(num_edits))
+        E = max(MIN_EDITS, power_of_two(num_edits)) if num_edits else 0
         sample = np.repeat(
             np.array([sample for sample, _ in of_samples], np.int32), [len(edits.token) for _, edits in of_samples]
         )

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from .sampling_params import MAX_LOGPROBS, SamplingParams
-from .sampling_rows import SamplingInputs, SamplingRows, pad, power_of_two
+from .sampling_rows import SamplingInputs, SamplingRows, SamplingShape, pad, power_of_two
 from .scheduler_output import ScheduledSequence, SchedulerOutput
 
 MIN_PREFILL_TOKENS = 16
@@ -14,16 +14,14 @@ MIN_SEQS = 8
 
 
 class StepShape(NamedTuple):
-    """What a step is compiled for; there are few of them."""
+    """What the model's part of a step is compiled for; there are few of them."""
 
     tokens: int
     sequences: int
     is_decode: bool  # one token a sequence
-    edits: int  # of logits
-    is_restricted: bool  # some sample may draw but some tokens
-    is_penalized: bool
-    num_logprobs: int  # likeliest tokens of a sample that can be reported
-    prompt_logprobs: bool
+
+    def __str__(self) -> str:
+        return f"a step of {self.tokens} tokens"
 
 
 class StepInputs(NamedTuple):
@@ -40,14 +38,18 @@ class StepInputs(NamedTuple):
     query_starts: Int32[Any, " R+1"]
     slot_mapping: Int32[Any, " T"]
     num_decodes: Int32[Any, ""]
-    # Of each sample.
-    token_index: Int32[Any, " R"]  # which of the T tokens it follows
-    rows: Int32[Any, " R"]  # whose last sample it becomes; max_num_seqs for padding
-    sample_positions: Int32[Any, " R"]  # where it will stand in its sequence
+    token_index: Int32[Any, " R"]  # which of the T tokens each sample follows
+
+
+class Step(NamedTuple):
+    """All that the device needs of a step: for the model, then for the sampler."""
+
+    shape: StepShape
+    inputs: StepInputs
+    sampling_shape: SamplingShape
     sampling: SamplingInputs
-    wants_logprobs: Any  # bool []
-    # The tokens that follow the T ones in their prompts; none at all where no prompt_logprobs are asked for.
-    next_prompt_tokens: Int32[Any, " T"]
+    # The tokens that follow the T ones in their prompts; None where no prompt_logprobs are asked for.
+    next_prompt_tokens: np.ndarray | None
 
 
 class _Paged(NamedTuple):
@@ -65,8 +67,9 @@ class StepBuilder:
     Decodes are padded to 1 sequence, or to a power of two of at least `MIN_SEQS`. A step with prefills is padded to a
     power of two of tokens, or three quarters of one, and to `MIN_SEQS` or else `max_num_seqs` sequences.
 
-    If `batch_invariant`, every step is padded to one shape, and each of its tokens is laid out as a sequence of its
-    own, a decode: what is computed for a token, and by which program, then depends on no other token of the step.
+    If `batch_invariant`, every step is padded to one shape, each of its tokens is laid out as a sequence of its own, a
+    decode, and every sample is drawn as if all were asked for: what is computed for a token, and by which program, then
+    depends on no other token of the step.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class StepBuilder:
         for row, first, block_ids in output.table_updates:
             self._tables[row, first : first + len(block_ids)] = block_ids
 
-    def build(self, output: SchedulerOutput) -> tuple[StepShape, StepInputs]:
+    def build(self, output: SchedulerOutput) -> Step:
         """The step, which must have tokens; `update_rows` comes first."""
         sequences, n = output.sequences, output.num_tokens
         row, start, lens = sequences.rows, sequences.starts, sequences.lengths
@@ -116,9 +119,11 @@ class StepBuilder:
         block, offset = np.divmod(position, self._block_size)
         slot = self._tables[row[of_token], block] * self._block_size + offset
 
-        sample_row, token_index = output.samples.rows, output.samples.token_indices
-        sample_position = position[token_index] + 1
-        num_logprobs = self.rows.num_logprobs(sample_row)
+        samples = output.samples
+        sampling_shape, sampling = self.rows.lay_out(samples.rows, position[samples.token_indices] + 1, R)
+        if self._batch_invariant:
+            likeliest = max(sampling_shape.num_logprobs, MAX_LOGPROBS)
+            sampling_shape = sampling_shape._replace(draws=True, cuts=True, num_logprobs=likeliest)
         inputs = StepInputs(
             token_ids=token_ids,
             positions=pad(position, T),
@@ -127,33 +132,39 @@ class StepBuilder:
             query_starts=pad(paged.query_starts, R + 1, n),
             slot_mapping=pad(slot, T, -1),
             num_decodes=np.array(paged.num_decodes, np.int32),
-            token_index=pad(token_index, R),
-            rows=pad(sample_row, R, self._max_num_seqs),
-            sample_positions=pad(sample_position, R),
-            sampling=self.rows.lay_out(sample_row, sample_position, R),
-            wants_logprobs=np.array(num_logprobs > 0),
-            next_prompt_tokens=self._next_prompt_tokens(output, ends, T),
+            token_index=pad(samples.token_indices, R),
         )
-        shape = StepShape(
-            tokens=T,
-            sequences=R,
-            is_decode=is_decode,
-            edits=len(inputs.sampling.edit_sample),
-            is_restricted=inputs.sampling.allowed.shape[1] > 0,
-            is_penalized=self.rows.is_penalized(sample_row),
-            num_logprobs=max(MAX_LOGPROBS, power_of_two(num_logprobs)),
-            prompt_logprobs=len(inputs.next_prompt_tokens) > 0,
+        following = self._next_prompt_tokens(output, ends, T)
+        return Step(StepShape(T, R, is_decode), inputs, sampling_shape, sampling, following)
+
+    def decode_shape(self, num_seqs: int) -> StepShape:
+        """Of a step in which so many sequences, or as many as may run, decode."""
+        num_seqs = min(num_seqs, self._max_num_seqs)
+        return StepShape(*self._padded(num_seqs, num_seqs, is_decode=True), is_decode=True)
+
+    def blank(self, shape: StepShape) -> StepInputs:
+        """Inputs of a shape, of no meaning."""
+        T, R = shape.tokens, shape.sequences
+        of_tokens, of_sequences = np.zeros(T, np.int32), np.zeros(R, np.int32)
+        return StepInputs(
+            token_ids=of_tokens,
+            positions=of_tokens,
+            block_tables=np.zeros((R, self._tables.shape[1]), np.int32),
+            context_lens=of_sequences,
+            query_starts=np.zeros(R + 1, np.int32),
+            slot_mapping=of_tokens,
+            num_decodes=np.zeros((), np.int32),
+            token_index=of_sequences,
         )
-        return shape, inputs
 
     def num_prompt_logprobs(self, sequence: ScheduledSequence) -> int:
         """Of how many of a sequence's tokens in a step the successor's log-probability is asked for."""
         prompt_len = len(self._prompts.get(sequence.row, ()))
         return max(0, min(sequence.num_tokens, prompt_len - 1 - sequence.start))
 
-    def _next_prompt_tokens(self, output: SchedulerOutput, ends: np.ndarray, T: int) -> np.ndarray:
+    def _next_prompt_tokens(self, output: SchedulerOutput, ends: np.ndarray, T: int) -> np.ndarray | None:
         if not self._prompts:
-            return np.zeros(0, np.int32)
+            return None
         following = np.zeros(T, np.int32)
         is_wanted = False
         for sequence, end in zip(output.sequences, ends.tolist(), strict=True):
@@ -162,7 +173,7 @@ class StepBuilder:
                 start = sequence.start + 1
                 following[first : first + num] = self._prompts[sequence.row][start : start + num]
                 is_wanted = True
-        return following if is_wanted else following[:0]
+        return following if is_wanted else None
 
     def _padded(self, num_tokens: int, num_seqs: int, is_decode: bool) -> tuple[int, int]:
         if self._batch_invariant:

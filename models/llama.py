@@ -10,15 +10,16 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import KVCache, PagedBatch, flash_attention, paged_attention, write_kv
+from pallas_kernels import KVCache, PagedBatch, flash_attention, paged_attention, rotate_and_write_kv
 
 from .config import LlamaConfig
 from .linear import linear
 from .rotary import Rotary, rotate
 
 State = TypeVar("State")
-Attend = Callable[[Array, Array, Array], tuple[Array, State]]
-"""query [..., N, H], key and value [..., K, H] -> output [..., N, H], and what the caller wants carried on."""
+Attend = Callable[[Array], tuple[Array, State]]
+"""Of each kv head its query heads, key and value, [..., K, N/K + 2, H] -> output [..., N, H], and what the caller
+wants carried on."""
 
 
 def _weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> nnx.Param:
@@ -43,27 +44,20 @@ def _as_row(weight_d: Array, x: Array) -> Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what attends to what is the caller's."""
+    """Grouped-query attention; positions, and what attends to what, are the caller's."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_weight_nhd = _weight(rngs, (N, H, D), D, dtype)
-        self.k_weight_khd = _weight(rngs, (K, H, D), D, dtype)
-        self.v_weight_khd = _weight(rngs, (K, H, D), D, dtype)
+        # Of each kv head: its N/K query heads, its keys, its values. One product, and sharded by kv heads.
+        self.qkv_weight_kghd = _weight(rngs, (K, N // K + 2, H, D), D, dtype)
         self.o_weight_dnh = _weight(rngs, (D, N, H), N * H, dtype)
 
-    def __call__(
-        self, x: Float[Array, "*B D"], rotary: Rotary, attend: Attend[State]
-    ) -> tuple[Float[Array, "*B D"], State]:
-        query = rotate(_heads(self.q_weight_nhd[...], x), rotary)
-        key = rotate(_heads(self.k_weight_khd[...], x), rotary)
-        out, state = attend(query, key, _heads(self.v_weight_khd[...], x))
+    def __call__(self, x: Float[Array, "*B D"], attend: Attend[State]) -> tuple[Float[Array, "*B D"], State]:
+        weight = self.qkv_weight_kghd[...]
+        qkv = linear(weight.reshape(-1, x.shape[-1]), x).reshape(*x.shape[:-1], *weight.shape[:3])
+        out, state = attend(qkv)
         o_weight = self.o_weight_dnh[...].reshape(x.shape[-1], -1)
         return linear(o_weight, out.reshape(*x.shape[:-1], -1)), state
-
-
-def _heads(weight: Float[Array, "heads H D"], x: Float[Array, "*B D"]) -> Float[Array, "*B heads H"]:
-    return linear(weight.reshape(-1, x.shape[-1]), x).reshape(*x.shape[:-1], *weight.shape[:2])
 
 
 class MLP(nnx.Module):
@@ -71,12 +65,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, F = config.d_model, config.d_ff
-        self.gate_weight_fd = _weight(rngs, (F, D), D, dtype)
-        self.up_weight_fd = _weight(rngs, (F, D), D, dtype)
+        self.gate_up_weight_2fd = _weight(rngs, (2, F, D), D, dtype)
         self.down_weight_df = _weight(rngs, (D, F), F, dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gate, up = linear(self.gate_weight_fd[...], x), linear(self.up_weight_fd[...], x)
+        gate, up = jnp.split(linear(self.gate_up_weight_2fd[...].reshape(-1, x.shape[-1]), x), 2, axis=-1)
         return linear(self.down_weight_df[...], jax.nn.silu(gate) * up)
 
 
@@ -89,11 +82,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
-    def __call__(
-        self, x: Float[Array, "*B D"], rotary: Rotary, attend: Attend[State]
-    ) -> tuple[Float[Array, "*B D"], State]:
+    def __call__(self, x: Float[Array, "*B D"], attend: Attend[State]) -> tuple[Float[Array, "*B D"], State]:
         with jax.named_scope("attention"):
-            out, state = self.attention(self.attention_norm(x), rotary, attend)
+            out, state = self.attention(self.attention_norm(x), attend)
             x = x + out
         with jax.named_scope("mlp"):
             x = x + self.mlp(self.mlp_norm(x))
@@ -156,11 +147,13 @@ class Llama(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         rotary = Rotary.at(positions, self.config)
 
-        def attend(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            return flash_attention(query, key, value, is_causal=True, segment_ids=segment_ids), None
+        def attend(qkv: Array) -> tuple[Array, None]:
+            query = qkv[..., :-2, :].reshape(B, T, -1, qkv.shape[-1])
+            query, key = rotate(query, rotary), rotate(qkv[..., -2, :], rotary)
+            return flash_attention(query, key, qkv[..., -1, :], is_causal=True, segment_ids=segment_ids), None
 
         def run(block: Block, layer: Array, x: Array, state: None) -> tuple[Array, None]:
-            return block(x, rotary, attend)
+            return block(x, attend)
 
         x, _ = self._run_layers(run, self.embedding(tokens), None)
         return self.logits(self.norm(x).reshape(B * T, -1)).reshape(B, T, -1)
@@ -176,11 +169,11 @@ class Llama(nnx.Module):
         rotary = Rotary.at(positions, self.config)
 
         def run(block: Block, layer: Array, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
-            def attend(query: Array, key: Array, value: Array) -> tuple[Array, KVCache]:
-                written = write_kv(cache, batch, layer, key, value)
+            def attend(qkv: Array) -> tuple[Array, KVCache]:
+                query, written = rotate_and_write_kv(cache, batch, layer, qkv, rotary.cos, rotary.sin)
                 return paged_attention(query, written, batch, layer), written
 
-            return block(x, rotary, attend)
+            return block(x, attend)
 
         x, cache = self._run_layers(run, self.embedding(tokens), cache)
         return self.norm(x), cache

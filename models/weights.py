@@ -10,21 +10,22 @@ import numpy as np
 
 from .config import LlamaConfig
 
-# name in the checkpoint -> (path of the leaf, its axes there -> its axes here); {} is the layer. What stands
-# between two commas is one axis of the checkpoint. h is half of H: GGUF keeps the two numbers of a rotary
-# pair of q and k beside each other, Hugging Face and this model half a head apart.
+# name in the checkpoint -> (path of the leaf, its axes there -> its axes here); {} is the layer, and what stands in
+# brackets behind the path the part of the leaf. What stands between two commas is one axis of the checkpoint. G is
+# the query heads of a kv head. h is half of H: GGUF keeps the two numbers of a rotary pair of q and k beside each
+# other, Hugging Face and this model half a head apart.
 Table = Mapping[str, tuple[str, str]]
 
 LLAMA_HUGGING_FACE: Table = {
     "model.embed_tokens.weight": ("embedding.weight_vd", "V, D -> V D"),
     "model.layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.weight_d", "D -> D"),
-    "model.layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.q_weight_nhd", "N H, D -> N H D"),
-    "model.layers.{}.self_attn.k_proj.weight": ("layers.{}.attention.k_weight_khd", "K H, D -> K H D"),
-    "model.layers.{}.self_attn.v_proj.weight": ("layers.{}.attention.v_weight_khd", "K H, D -> K H D"),
+    "model.layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.qkv_weight_kghd[:, :-2]", "K G H, D -> K G H D"),
+    "model.layers.{}.self_attn.k_proj.weight": ("layers.{}.attention.qkv_weight_kghd[:, -2]", "K H, D -> K H D"),
+    "model.layers.{}.self_attn.v_proj.weight": ("layers.{}.attention.qkv_weight_kghd[:, -1]", "K H, D -> K H D"),
     "model.layers.{}.self_attn.o_proj.weight": ("layers.{}.attention.o_weight_dnh", "D, N H -> D N H"),
     "model.layers.{}.post_attention_layernorm.weight": ("layers.{}.mlp_norm.weight_d", "D -> D"),
-    "model.layers.{}.mlp.gate_proj.weight": ("layers.{}.mlp.gate_weight_fd", "F, D -> F D"),
-    "model.layers.{}.mlp.up_proj.weight": ("layers.{}.mlp.up_weight_fd", "F, D -> F D"),
+    "model.layers.{}.mlp.gate_proj.weight": ("layers.{}.mlp.gate_up_weight_2fd[0]", "F, D -> F D"),
+    "model.layers.{}.mlp.up_proj.weight": ("layers.{}.mlp.gate_up_weight_2fd[1]", "F, D -> F D"),
     "model.layers.{}.mlp.down_proj.weight": ("layers.{}.mlp.down_weight_df", "D, F -> D F"),
     "model.norm.weight": ("norm.weight_d", "D -> D"),
     "lm_head.weight": ("head.weight_vd", "V, D -> V D"),
@@ -32,13 +33,13 @@ LLAMA_HUGGING_FACE: Table = {
 LLAMA_GGUF: Table = {
     "token_embd.weight": ("embedding.weight_vd", "V, D -> V D"),
     "blk.{}.attn_norm.weight": ("layers.{}.attention_norm.weight_d", "D -> D"),
-    "blk.{}.attn_q.weight": ("layers.{}.attention.q_weight_nhd", "N h 2, D -> N 2 h D"),
-    "blk.{}.attn_k.weight": ("layers.{}.attention.k_weight_khd", "K h 2, D -> K 2 h D"),
-    "blk.{}.attn_v.weight": ("layers.{}.attention.v_weight_khd", "K H, D -> K H D"),
+    "blk.{}.attn_q.weight": ("layers.{}.attention.qkv_weight_kghd[:, :-2]", "K G h 2, D -> K G 2 h D"),
+    "blk.{}.attn_k.weight": ("layers.{}.attention.qkv_weight_kghd[:, -2]", "K h 2, D -> K 2 h D"),
+    "blk.{}.attn_v.weight": ("layers.{}.attention.qkv_weight_kghd[:, -1]", "K H, D -> K H D"),
     "blk.{}.attn_output.weight": ("layers.{}.attention.o_weight_dnh", "D, N H -> D N H"),
     "blk.{}.ffn_norm.weight": ("layers.{}.mlp_norm.weight_d", "D -> D"),
-    "blk.{}.ffn_gate.weight": ("layers.{}.mlp.gate_weight_fd", "F, D -> F D"),
-    "blk.{}.ffn_up.weight": ("layers.{}.mlp.up_weight_fd", "F, D -> F D"),
+    "blk.{}.ffn_gate.weight": ("layers.{}.mlp.gate_up_weight_2fd[0]", "F, D -> F D"),
+    "blk.{}.ffn_up.weight": ("layers.{}.mlp.gate_up_weight_2fd[1]", "F, D -> F D"),
     "blk.{}.ffn_down.weight": ("layers.{}.mlp.down_weight_df", "D, F -> D F"),
     "output_norm.weight": ("norm.weight_d", "D -> D"),
     "output.weight": ("head.weight_vd", "V, D -> V D"),
@@ -68,12 +69,13 @@ def fill[Model](model: Model, checkpoint: Checkpoint, table: Table, config: Llam
     is read.
     """
     sizes = {"V": config.vocab_size, "D": config.d_model, "N": config.num_heads, "K": config.num_kv_heads}
+    sizes["G"] = config.num_heads // config.num_kv_heads
     sizes |= {"H": config.head_dim, "h": config.head_dim // 2, "2": 2, "F": config.d_ff}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model)
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     sources = [_source(path.removesuffix(".value"), table, config) for path in paths]
 
-    axes_by_name = {name: source.axes for source in sources for name in source.names}
+    axes_by_name = {part.name: part.axes for source in sources for part in source}
     present = set(checkpoint)
     missing = [name for name in axes_by_name if name not in present]
     left_over = [name for name in checkpoint if name not in axes_by_name and not _KNOWN_EXTRAS.fullmatch(name)]
@@ -88,31 +90,46 @@ def fill[Model](model: Model, checkpoint: Checkpoint, table: Table, config: Llam
     arrays = []
     for (_, leaf), source in zip(leaves, sources, strict=True):
         array = np.empty(leaf.shape, leaf.dtype)
-        parts = array if source.is_stacked else array[None]
-        for i, name in enumerate(source.names):
-            parts[i] = _rearranged(checkpoint[name], source.axes, sizes).reshape(parts.shape[1:])
+        for part in source:
+            target = array[part.place]
+            target[...] = _rearranged(checkpoint[part.name], part.axes, sizes).reshape(target.shape)
         arrays.append(jax.device_put(array))
     return jax.tree_util.tree_unflatten(treedef, arrays)
 
 
-class _Source(NamedTuple):
-    names: list[str]
+class _Part(NamedTuple):
+    """A tensor, and which part of a leaf it is."""
+
+    name: str
     axes: str
-    is_stacked: bool
+    place: tuple[int | slice, ...]
 
 
-def _source(path: str, table: Table, config: LlamaConfig) -> _Source:
-    """Returns the tensors that a leaf is made of: one, or one for each layer."""
-    rules = {target: (name, axes) for name, (target, axes) in table.items()}
-    match = _LAYER.fullmatch(path)
-    if match is None:
-        name, axes = rules[path]
-        return _Source([name], axes, is_stacked=False)
-    layer, rest = match.groups()
-    name, axes = rules["layers.{}." + rest]
-    if layer is None:
-        return _Source([name.format(i) for i in range(config.num_layers)], axes, is_stacked=True)
-    return _Source([name.format(layer)], axes, is_stacked=False)
+def _source(path: str, table: Table, config: LlamaConfig) -> list[_Part]:
+    """The tensors that a leaf is made of, those of all layers where they are stacked."""
+    layer, rest = None, path
+    if match := _LAYER.fullmatch(path):
+        layer, rest = match.groups()
+        rest = "layers.{}." + rest
+    parts: list[_Part] = []
+    for name, (target, axes) in table.items():
+        leaf, _, index = target.partition("[")
+        if leaf != rest:
+            continue
+        within = _index(index)
+        if match is not None and layer is None:
+            parts += [_Part(name.format(i), axes, (i, *within)) for i in range(config.num_layers)]
+        else:
+            parts.append(_Part(name.format(layer), axes, within))
+    if not parts:
+        raise KeyError(path)
+    return parts
+
+
+def _index(text: str) -> tuple[int | slice, ...]:
+    """`:, -2]` as the index that it stands for; of all where there is none."""
+    items = text.rstrip("]").split(", ") if text else []
+    return tuple(slice(*(int(n) if n else None for n in i.split(":"))) if ":" in i else int(i) for i in items)
 
 
 def _rearranged(tensor: np.ndarray, axes: str, sizes: Mapping[str, int]) -> np.ndarray:

@@ -7,7 +7,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .kv_cache import KVCache
-from .mosaic_common import Ref
 from .write_kv_mosaic import cache_of, slot_refs, slots_of, store_tokens
 
 # Tokens of a thread block, which owns one head of them.
@@ -22,25 +21,25 @@ def unsupported(cache: KVCache) -> str | None:
 
 
 def rotate_and_write_kv(
-    cache: KVCache, slots: Array, layer: Array, query: Array, key: Array, value: Array, cos: Array, sin: Array
+    cache: KVCache, slots: Array, layer: Array, qkv: Array, cos: Array, sin: Array
 ) -> tuple[Array, KVCache]:
-    T, N, H = query.shape
+    T, K, _, H = qkv.shape
+    group, half, dtype = qkv.shape[2] - 2, H // 2, qkv.dtype
+    N = K * group
+    out = jax.ShapeDtypeStruct((T, N, H), dtype)
     if not T:
-        return query, cache
-    K, half, dtype = key.shape[1], H // 2, query.dtype
+        return jnp.zeros(out.shape, dtype), cache
 
-    def kernel(
-        slots_ref, layer_ref, query_ref, key_ref, value_ref, cos_ref, sin_ref, keys_ref, values_ref, out_ref, memory
-    ):
+    def kernel(slots_ref, layer_ref, qkv_ref, cos_ref, sin_ref, keys_ref, values_ref, out_ref, memory):
         start, head = lax.axis_index("tile") * TOKENS, lax.axis_index("head")
         tokens = pl.ds(start, TOKENS)
         halves = (pl.ds(0, half), pl.ds(half, half))
         tiles, angles, full = memory["halves"], memory["angles"], memory["full"]
 
-        def rotate(source: Ref, head: Array) -> None:
+        def rotate(kv_head: Array, member: Array | int) -> None:
             """Leaves a head's rotated halves in `tiles`."""
             for i, part in enumerate(halves):
-                plgpu.copy_gmem_to_smem(source.at[tokens, head, part], tiles.at[i], full)
+                plgpu.copy_gmem_to_smem(qkv_ref.at[tokens, kv_head, member, part], tiles.at[i], full)
             for i, angle in enumerate((cos_ref, sin_ref)):
                 plgpu.copy_gmem_to_smem(angle.at[tokens], angles.at[i], full)
             plgpu.barrier_wait(full)
@@ -52,16 +51,16 @@ def rotate_and_write_kv(
 
         @pl.when(head < N)
         def of_query():
-            rotate(query_ref, head)
+            rotate(lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group)))
             for i, part in enumerate(halves):
                 plgpu.copy_smem_to_gmem(tiles.at[i], out_ref.at[tokens, head, part])
 
         @pl.when(head >= N)
         def of_key_and_value():
             kv_head = head - N
-            plgpu.copy_gmem_to_smem(value_ref.at[tokens, kv_head], memory["value"], memory["value_full"])
+            plgpu.copy_gmem_to_smem(qkv_ref.at[tokens, kv_head, group + 1], memory["value"], memory["value_full"])
             token_slots = slots_of(slots_ref, start, TOKENS)
-            rotate(key_ref, kv_head)
+            rotate(kv_head, group)
             store_tokens(
                 token_slots,
                 keys_ref,
@@ -83,10 +82,10 @@ def rotate_and_write_kv(
     refs = slot_refs(cache, (K, H))
     rotated = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+        out_type=out,
         grid=(pl.cdiv(T, TOKENS), N + K),
         grid_names=("tile", "head"),
         scratch_types=[memory],
         kernel_name="rotate_and_write_kv",
-    )(slots, layer.reshape(1), query, key, value, cos, sin, *refs)
+    )(slots, layer.reshape(1), qkv, cos, sin, *refs)
     return rotated, cache_of(refs, cache)

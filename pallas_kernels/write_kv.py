@@ -47,27 +47,32 @@ def rotate_and_write_kv(
     cache: KVCache,
     batch: PagedBatch,
     layer: int | Int32[Array, ""],
-    query: Float[Array, "T N H"],
-    key: Float[Array, "T K H"],
-    value: Float[Array, "T K H"],
+    qkv: Float[Array, "T K heads H"],
     cos: Float[Array, "T H_half"],
     sin: Float[Array, "T H_half"],
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "T N H"], KVCache]:
-    """The rotated queries, and `write_kv` of the rotated keys and the values: what stands between a layer's
-    projections and its attention, in one launch.
+    """The rotated queries, and `write_kv` of the rotated keys and the values: what stands between a layer's projection
+    and its attention, in one launch.
 
-    As `rotate` and `write_kv`, whose arguments, errors and promises these are.
+    Args:
+      qkv: of each token and kv head, its G query heads, its key and its value, as one product brings them. Query head
+        n is the n % G-th of kv head n // G.
+      cos, sin: float32, see `rotate`.
+
+    As `rotate` and `write_kv`, whose other arguments, errors and promises these are.
     """
-    _check("rotate_and_write_kv", cache, batch, layer, key, value)
-    expected = (key.shape[0], cache.head_dim)
-    if query.ndim != 3 or query.shape[::2] != expected or query.dtype != key.dtype:
+    expected = (batch.slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim)
+    if qkv.ndim != 4 or (*qkv.shape[:2], qkv.shape[3]) != expected or qkv.shape[2] < 3:
         raise ValueError(
-            "rotate_and_write_kv: query must be [tokens, q_heads, head_dim] = "
-            f"{key.dtype} ({expected[0]}, q_heads, {expected[1]}), got {query.dtype} {query.shape}"
+            "rotate_and_write_kv: qkv must be [tokens, kv_heads, query heads of each + 2, head_dim] = "
+            f"({expected[0]}, {expected[1]}, at least 3, {expected[2]}), got {qkv.shape}"
         )
-    expected = (key.shape[0], cache.head_dim // 2)
+    if qkv.dtype != cache.keys.dtype:
+        raise ValueError(f"rotate_and_write_kv: qkv must have the cache's dtype {cache.keys.dtype}, got {qkv.dtype}")
+    check_layer("rotate_and_write_kv", cache, layer)
+    expected = (qkv.shape[0], cache.head_dim // 2)
     for name, array in (("cos", cos), ("sin", sin)):
         if array.shape != expected or array.dtype != jnp.float32:
             raise ValueError(
@@ -76,9 +81,9 @@ def rotate_and_write_kv(
             )
     if kernel := mosaic_module("rotate_and_write_kv", implementation, cache):
         layer = jnp.asarray(layer, jnp.int32)
-        return kernel.rotate_and_write_kv(cache, batch.slot_mapping, layer, query, key, value, cos, sin)
-    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-    return query, write_kv(cache, batch, layer, key, value, implementation="xla")
+        return kernel.rotate_and_write_kv(cache, batch.slot_mapping, layer, qkv, cos, sin)
+    query, key = rotate(qkv[:, :, :-2].reshape(len(qkv), -1, cache.head_dim), cos, sin), rotate(qkv[:, :, -2], cos, sin)
+    return query, write_kv(cache, batch, layer, key, qkv[:, :, -1], implementation="xla")
 
 
 def _check(function: str, cache: KVCache, batch: PagedBatch, layer: int | Array, key: Array, value: Array) -> None:

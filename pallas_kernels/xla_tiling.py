@@ -47,8 +47,18 @@ def default_config(query: Array, key: Array, operands: AttentionOperands) -> Xla
         together = 1
     group = N // K
     most = min(SCORES // (rows * keys * span), together)
-    fits = (n for n in range(most, 1, -1) if together % n == 0 and (n % group == 0 or group % n == 0))
-    return XlaConfig(rows, keys, next(fits, 1), span)
+
+    def fits(lanes: int) -> bool:
+        """Some heads of one kv head, all heads of some kv heads of one sequence, or all of some sequences."""
+        sizes = (group, N, together)
+        return any(lanes % part == 0 and whole % lanes == 0 for part, whole in zip((1, *sizes), sizes, strict=False))
+
+    return XlaConfig(rows, keys, next(filter(fits, range(most, 1, -1)), 1), span)
+
+
+def _pad(x: Array, tile: int, fill: float = 0.0) -> Array:
+    ends = [(0, -n % tile if axis == 1 else 0) for axis, n in enumerate(x.shape)]
+    return jnp.pad(x, ends, constant_values=fill)
 
 
 def _part(length: int, block: int | None) -> int:
@@ -106,6 +116,11 @@ class Tiling:
         return max(self.config.lanes // self.group, 1)
 
     @property
+    def sequences(self) -> int:
+        """Of a step."""
+        return max(self.kv_lanes // self.shape[4], 1)
+
+    @property
     def heads(self) -> int:
         """Lanes of a step for each of its kv lanes."""
         return self.config.lanes // self.kv_lanes
@@ -123,25 +138,19 @@ class Tiling:
         """Of a chunk."""
         return jnp.arange(self.group // self.heads * self.row_tiles, dtype=jnp.int32)
 
-    def split_rows(self, x: Float[Array, "B T N *rest"], fill: float = 0.0) -> Float[Array, "chunks steps kv hr *rest"]:
-        return self._split(x, self.group, self.heads, self.config.rows, fill)
+    def pad_rows(self, x: Float[Array, "B T N *rest"], fill: float = 0.0) -> Float[Array, "B rows N *rest"]:
+        """To whole tiles."""
+        return _pad(x, self.config.rows, fill)
 
-    def split_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "chunks tiles kv keys H"]:
-        return self._split(x, 1, 1, self.config.keys, 0.0)
+    def pad_keys(self, x: Float[Array, "B S K H"]) -> Float[Array, "B keys K H"]:
+        """To whole tiles."""
+        return _pad(x, self.config.keys)
 
     def join_rows(self, x: Float[Array, "chunks steps kv hr *rest"]) -> Float[Array, "B T N *rest"]:
         return self._join(x, self.heads, self.config.rows, self.shape[1])
 
     def join_keys(self, x: Float[Array, "chunks tiles kv keys H"]) -> Float[Array, "B S K H"]:
         return self._join(x, 1, self.config.keys, self.shape[3])
-
-    def _split(self, x: Array, group: int, heads: int, tile: int, fill: float) -> Array:
-        x = jnp.swapaxes(x, 1, 2)
-        rest = x.shape[3:]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % tile), *[(0, 0)] * len(rest)), constant_values=fill)
-        x = x.reshape(-1, self.kv_lanes, group // heads, heads, x.shape[2] // tile, tile, *rest)
-        x = x.transpose(0, 2, 4, 1, 3, 5, *range(6, x.ndim))
-        return x.reshape(x.shape[0], -1, self.kv_lanes, heads * tile, *rest)
 
     def _join(self, x: Array, heads: int, tile: int, length: int) -> Array:
         rest = x.shape[4:]
@@ -182,13 +191,11 @@ class Tiles(NamedTuple):
 
     numbers: list[Scalar]
 
-    def take(self, x: Float[Array, "tiles *rest"], axis: int) -> Float[Array, "..."]:
-        """Of an array of tiles, these, side by side."""
-        return jnp.concatenate([x[number] for number in self.numbers], axis)
-
-    def add_to(self, x: Float[Array, "tiles *rest"], part: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-        """An array of tiles with `part` added to these, the inverse of `take`."""
-        for number, one in zip(self.numbers, jnp.split(part, len(self.numbers), axis), strict=True):
+    def add_to(
+        self, x: Float[Array, "tiles kv H keys"], part: Float[Array, "kv H some_keys"]
+    ) -> Float[Array, "tiles kv H keys"]:
+        """An array of tiles with `part` added to these."""
+        for number, one in zip(self.numbers, jnp.split(part, len(self.numbers), -1), strict=True):
             x = lax.dynamic_update_index_in_dim(x, x[number] + one, number, 0)
         return x
 
@@ -241,6 +248,22 @@ class Step:
                 groups * span, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
             )
         return state
+
+    def rows_of(self, x: Float[Array, "B rows N *rest"]) -> Float[Array, "kv hr *rest"]:
+        """Of an array of whole tiles, those of the step, a kv lane's heads one after the other."""
+        tiling, group = self._tiling, jnp.int32(self._tiling.group)
+        x = x.reshape(*x.shape[:2], -1, tiling.group, *x.shape[3:])
+        size = (tiling.sequences, self._rows, tiling.kv_lanes // tiling.sequences, tiling.heads, *x.shape[4:])
+        heads = lax.div(self._head, group), lax.rem(self._head, group)
+        place = (self._sequence, self._row_tile * self._rows, *heads, *[0] * (x.ndim - 4))
+        return jnp.moveaxis(lax.dynamic_slice(x, place, size), 1, 3).reshape(tiling.kv_lanes, -1, *x.shape[4:])
+
+    def keys_of(self, x: Float[Array, "B keys K H"], tiles: "Tiles") -> Float[Array, "kv some_keys H"]:
+        """Of an array of whole tiles, these of the step's kv lanes, side by side."""
+        tiling, head = self._tiling, lax.div(self._head, jnp.int32(self._tiling.group))
+        size = (tiling.sequences, self._keys, tiling.kv_lanes // tiling.sequences, x.shape[3])
+        parts = [lax.dynamic_slice(x, (self._sequence, tile * self._keys, head, 0), size) for tile in tiles.numbers]
+        return jnp.swapaxes(jnp.concatenate(parts, 1), 1, 2).reshape(tiling.kv_lanes, -1, x.shape[3])
 
     def logits(
         self, tiles: "Tiles", scores: Float[Array, "L rows keys"], partial: bool

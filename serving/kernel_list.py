@@ -167,7 +167,8 @@ def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
     N, K, H = LLAMA_3_8B.N, LLAMA_3_8B.K, LLAMA_3_8B.H
     L, num_blocks, block_size = 32, 4096, 16
     pages = jax.ShapeDtypeStruct((L, num_blocks, block_size, K, H), jnp.bfloat16)
-    query, key = (jax.ShapeDtypeStruct((tokens, heads, H), jnp.bfloat16) for heads in (N, K))
+    key = jax.ShapeDtypeStruct((tokens, K, H), jnp.bfloat16)
+    qkv = jax.ShapeDtypeStruct((tokens, K, N // K + 2, H), jnp.bfloat16)
     angle = jax.ShapeDtypeStruct((tokens, H // 2), jnp.float32)
     slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     pairs = jax.ShapeDtypeStruct((tokens // block_size, 2), jnp.int32)
@@ -175,9 +176,9 @@ def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
     def write(keys, values, slots, layer, key, value):
         return write_kv(KVCache(keys, values), _writes_to(slots), layer, key, value, implementation="mosaic")
 
-    def rotate_and_write(keys, values, slots, layer, query, key, value, cos, sin):
+    def rotate_and_write(keys, values, slots, layer, qkv, cos, sin):
         cache, batch = KVCache(keys, values), _writes_to(slots)
-        return rotate_and_write_kv(cache, batch, layer, query, key, value, cos, sin, implementation="mosaic")
+        return rotate_and_write_kv(cache, batch, layer, qkv, cos, sin, implementation="mosaic")
 
     def copy(keys, values, pairs):
         return copy_blocks(KVCache(keys, values), pairs, implementation="mosaic")
@@ -189,7 +190,7 @@ def cache_entries(name: str, tokens: int) -> Iterator[Entry]:
         (
             "rotate-and-write-kv",
             rotate_and_write,
-            (slots, layer, query, key, key, angle, angle),
+            (slots, layer, qkv, angle, angle),
             tokens * (2 * kv_bytes + 2 * 2 * N * H + 4 * H),
         ),
         ("copy-blocks", copy, (pairs,), 2 * tokens * kv_bytes * L),

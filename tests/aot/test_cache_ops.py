@@ -46,21 +46,17 @@ def batch_of(tokens):
     return PagedBatch(ints(1, 1), ints(1), ints(2), ints(tokens), ints(), max_query_len=1)
 
 
-def new_tokens(K, H, dtype, sharding: Any = None):
-    """Query, key, value, cos, sin."""
-    heads = [array(T, count * K, H, dtype=dtype, sharding=sharding) for count in (GROUP, 1, 1)]
-    return *heads, *(array(T, H // 2, dtype=jnp.float32) for _ in range(2))
-
-
 def call_of(operation, shape, dtype, sharding: Any = None):
     """(function, arguments): the operation with the cache first."""
     *_, K, H = shape
-    query, key, value, cos, sin = new_tokens(K, H, dtype, sharding)
+    key = array(T, K, H, dtype=dtype, sharding=sharding)
+    qkv = array(T, K, GROUP + 2, H, dtype=dtype, sharding=sharding)
+    angle = array(T, H // 2, dtype=jnp.float32)
     layer = array(dtype=jnp.int32)
     return {
         "copy_blocks": (copy_blocks, (array(17, 2, dtype=jnp.int32),)),
-        "write_kv": (write_kv, (batch_of(T), layer, key, value)),
-        "rotate_and_write_kv": (rotate_and_write_kv, (batch_of(T), layer, query, key, value, cos, sin)),
+        "write_kv": (write_kv, (batch_of(T), layer, key, key)),
+        "rotate_and_write_kv": (rotate_and_write_kv, (batch_of(T), layer, qkv, angle, angle)),
     }[operation]
 
 
@@ -109,8 +105,8 @@ def test_in_place_inside_a_scan_over_the_layers(operation):
             cache, first = carry
             # A layer's keys come from the layer before: no write can be done ahead of time.
             result = function(cache, batch, index, first, *new[1:], implementation="mosaic")
-            query, cache = result if operation == "rotate_and_write_kv" else (first, result)
-            return (cache, query + cache.keys[index, 0, 0, 0, 0]), None
+            cache = result[1] if operation == "rotate_and_write_kv" else result
+            return (cache, first + cache.keys[index, 0, 0, 0, 0]), None
 
         return jax.lax.scan(layer, (cache, new[0]), jnp.arange(32, dtype=jnp.int32))[0]
 

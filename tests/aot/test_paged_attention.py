@@ -191,8 +191,7 @@ def test_on_eight_gpus_it_has_two_all_reduces_a_layer(monkeypatch):
 
     def spec(path, _):
         """The weights' sharded axis, by their letters; the first axis is the layers'."""
-        axes = {"q_weight_nhd": 1, "k_weight_khd": 1, "v_weight_khd": 1, "o_weight_dnh": 2}
-        axes |= {"gate_weight_fd": 1, "up_weight_fd": 1, "down_weight_df": 2}
+        axes = {"qkv_weight_kghd": 1, "o_weight_dnh": 2, "gate_up_weight_2fd": 2, "down_weight_df": 2}
         axis = next((axis for name, axis in axes.items() if name in jax.tree_util.keystr(path)), None)
         return P() if axis is None else P(*[None] * axis, "x")
 

@@ -47,12 +47,10 @@ def paged() -> jax.Array:
     )
     pages = normal(1, sum(blocks), BLOCK_SIZE, K, H)
     T = sum(NEW)
-    query, key, value = normal(T, N, H), normal(T, K, H), normal(T, K, H)
+    qkv = normal(T, K, N // K + 2, H)
     cos, sin = (jnp.ones((T, H // 2), jnp.float32) for _ in range(2))
     layer = jnp.int32(0)
-    query, cache = rotate_and_write_kv(
-        KVCache(pages, pages), batch, layer, query, key, value, cos, sin, implementation="mosaic"
-    )
+    query, cache = rotate_and_write_kv(KVCache(pages, pages), batch, layer, qkv, cos, sin, implementation="mosaic")
     cache = copy_blocks(cache, jnp.asarray([[0, 1]], jnp.int32), implementation="mosaic")
     return paged_attention(query, cache, batch, layer, implementation="mosaic").astype(jnp.float32).sum()
 

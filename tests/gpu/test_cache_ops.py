@@ -89,10 +89,11 @@ def test_queries_and_keys_are_rotated_on_the_way(shape, dtype, T):
     pages, cache = random_cache(rng, (3, num_blocks, *shape), dtype)
     slots = slots_of(rng, T, num_blocks * block_size)
     query, key, value = (rng.standard_normal((T, heads, H)).astype(dtype) for heads in (4 * K, K, K))
+    qkv = np.concatenate([query.reshape(T, K, 4, H), key[:, :, None], value[:, :, None]], axis=2)
     angles = rng.uniform(0, 2 * np.pi, (T, H // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     run = jax.jit(partial(rotate_and_write_kv, implementation="mosaic"), donate_argnums=0)
-    found, cache = run(cache, batch_of(slots), jnp.int32(1), query, key, value, cos, sin)
+    found, cache = run(cache, batch_of(slots), jnp.int32(1), qkv, cos, sin)
 
     def rotated(x, kind):
         a, b = (half.astype(kind) for half in np.split(x, 2, axis=-1))
@@ -172,14 +173,13 @@ def test_the_same_bits_100_times():
     order = rng.permutation(256).astype(np.int32)
     pairs = jnp.asarray(np.stack([order[:128], order[128:]], axis=1))
     slots = jnp.asarray(rng.permutation(4096)[:1000], jnp.int32)
-    query, key, value = (jnp.asarray(rng.standard_normal((1000, n, 128)), jnp.bfloat16) for n in (32, 8, 8))
+    qkv = jnp.asarray(rng.standard_normal((1000, 8, 6, 128)), jnp.bfloat16)
     cos, sin = (jnp.asarray(rng.standard_normal((1000, 64)), jnp.float32) for _ in range(2))
 
     @jax.jit
     def run(cache):
         copied = copy_blocks(cache, pairs, implementation="mosaic")
-        new = query, key, value, cos, sin
-        return copied, rotate_and_write_kv(cache, batch_of(slots), 1, *new, implementation="mosaic")
+        return copied, rotate_and_write_kv(cache, batch_of(slots), 1, qkv, cos, sin, implementation="mosaic")
 
     as_bits = jax.jit(lambda tree: [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in jax.tree.leaves(tree)])
     first = as_bits(run(cache))

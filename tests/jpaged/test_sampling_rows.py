@@ -5,11 +5,11 @@ import pytest
 
 from jpaged.beam_search_params import BeamSearchParams
 from jpaged.sampling_params import SamplingParams
-from jpaged.sampling_rows import SamplingRows
+from jpaged.sampling_rows import SamplingRows, SamplingShape
 from jpaged.scheduler_output import NewRow
 
 PLAIN = SamplingParams()
-NOTHING = [(8, 0, 0.0, -1)] * 16  # no sample 8
+NO_SAMPLE = (8, 0, 0.0, -1)  # of eight
 
 
 @pytest.fixture
@@ -35,7 +35,12 @@ def occupy(
 def lay_out(rows, *at, R=8):
     """The inputs of samples of (row, position)."""
     row, position = np.array(at, np.int32).reshape(-1, 2).T
-    return rows.lay_out(row, position, R)
+    return rows.lay_out(row, position, R)[1]
+
+
+def shape_of(rows, *at, R=8):
+    row, position = np.array(at, np.int32).reshape(-1, 2).T
+    return rows.lay_out(row, position, R)[0]
 
 
 def edits(inputs):
@@ -60,9 +65,30 @@ def test_parameters_by_row(rows):
     np.testing.assert_array_equal(inputs.top_p, np.array([0.9, *[1] * 7], np.float32))
     np.testing.assert_array_equal(inputs.min_p, np.array([0.25, *[0] * 7], np.float32))
     assert inputs.penalties[:2].tolist() == [[0, 0, 1], [1.5, -1, 1]]
-    assert edits(inputs) == NOTHING
+    assert edits(inputs) == []
     assert inputs.allowed.shape == (8, 0)
-    assert (rows.is_penalized(np.array([5])), rows.is_penalized(np.array([5, 2]))) == (False, True)
+    assert (shape_of(rows, (5, 10)).is_penalized, shape_of(rows, (5, 10), (2, 9)).is_penalized) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("params", "draws", "cuts"),
+    [
+        (SamplingParams(temperature=0.0, top_k=5, top_p=0.5, min_p=0.5), False, False),
+        (SamplingParams(), True, False),
+        (SamplingParams(top_k=5), True, True),
+        (SamplingParams(top_p=0.5), True, True),
+        (SamplingParams(min_p=0.5), True, True),
+    ],
+)
+def test_what_no_sample_asks_for_is_left_out(rows, params, draws, cuts):
+    occupy(rows, 0, SamplingParams(temperature=0.0))
+    occupy(rows, 1, params)
+    occupy(rows, 2, SamplingParams(allowed_token_ids=[1], logit_bias={1: 1.0}, presence_penalty=1.0, logprobs=3))
+    nothing = SamplingShape(8, False, False, 0, False, False, 0)
+    assert shape_of(rows, (0, 3)) == nothing
+    assert shape_of(rows, (0, 3), (1, 3)) == nothing._replace(draws=draws, cuts=cuts)
+    everything = SamplingShape(8, True, cuts, 16, True, True, 20)
+    assert shape_of(rows, (1, 3), (2, 3)) == everything
 
 
 def test_dtypes(rows):
@@ -84,10 +110,9 @@ def test_a_new_occupant_leaves_nothing_of_the_one_before(rows):
     inputs = lay_out(rows, (1, 4))
     assert (inputs.index[0], inputs.temperature[0], inputs.top_k[0], inputs.top_p[0]) == (0, 0, 0, 1)
     assert (inputs.min_p[0], inputs.seed[0].tolist(), inputs.penalties[0].tolist()) == (0, [0, 0], [0, 0, 1])
-    assert edits(inputs) == NOTHING
+    assert edits(inputs) == []
     assert inputs.allowed.shape == (8, 0)
-    assert not rows.is_penalized(np.array([1]))
-    assert rows.num_logprobs(np.array([1])) == 0
+    assert shape_of(rows, (1, 4)) == SamplingShape(8, False, False, 0, False, False, 0)
     # Beside a row that is restricted this one may still draw every token.
     assert lay_out(rows, (0, 4), (1, 4)).allowed[1].tolist() == [2**32 - 1] * 3
 
@@ -112,7 +137,7 @@ def test_biases_and_bad_words_of_one_token(rows):
     expected = [(6, 2.5, -1), (9, -100.0, -1), (4, -np.inf, -1)]
     assert real_edits(inputs) == [(0, *edit) for edit in expected] + [(1, *edit) for edit in expected]
     assert len(edits(inputs)) == 16
-    assert edits(inputs)[6:] == NOTHING[6:]
+    assert edits(inputs)[6:] == [NO_SAMPLE] * 10
 
 
 def test_many_edits_are_padded_to_a_power_of_two(rows):
@@ -156,7 +181,6 @@ def test_numbers_that_are_no_int32(rows):
 def test_a_beam_wants_as_many_candidates_as_could_all_end(rows):
     occupy(rows, 0, BeamSearchParams(beam_width=3), stop_token_ids=[4, 5])
     occupy(rows, 1, BeamSearchParams(beam_width=3))
-    assert rows.num_logprobs(np.array([0])) == 9
-    assert rows.num_logprobs(np.array([1])) == 6
+    assert shape_of(rows, (0, 3)).num_logprobs == shape_of(rows, (1, 3)).num_logprobs == 20
     assert lay_out(rows, (0, 3)).temperature[0] == 0
-    assert edits(lay_out(rows, (0, 3))) == NOTHING
+    assert edits(lay_out(rows, (0, 3))) == []

@@ -47,7 +47,7 @@ def make(config, scan_layers=False, **options):
 
 
 def weights_of(model) -> dict[str, np.ndarray]:
-    """Every parameter in float64 under its path, layers apart: `layers.0.mlp.up_weight_fd`."""
+    """Every parameter in float64 under its path, layers apart: `layers.0.mlp.down_weight_df`."""
     weights = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name, array = ".".join(map(str, path)), np.asarray(leaf[...]).astype(np.float64)
@@ -80,10 +80,8 @@ def logits_in_numpy(weights, tokens, config, first_position=0):
     for i in range(config.num_layers):
         layer = {name.removeprefix(f"layers.{i}."): array for name, array in weights.items()}
         y = norm(x, f"layers.{i}.attention_norm")
-        query, key, value = (
-            np.einsum("td,nhd->tnh", y, layer[f"attention.{name}"])
-            for name in ("q_weight_nhd", "k_weight_khd", "v_weight_khd")
-        )
+        qkv = np.einsum("td,kghd->tkgh", y, layer["attention.qkv_weight_kghd"])
+        query, key, value = qkv[:, :, :-2].reshape(T, config.num_heads, -1), qkv[:, :, -2], qkv[:, :, -1]
         query, key = turned(query, positions, config), turned(key, positions, config)
         key, value = np.repeat(key, repeats, axis=1), np.repeat(value, repeats, axis=1)
         scores = np.einsum("tnh,snh->nts", query, key) / np.sqrt(config.head_dim)
@@ -92,8 +90,8 @@ def logits_in_numpy(weights, tokens, config, first_position=0):
         probs /= probs.sum(-1, keepdims=True)
         x = x + np.einsum("nts,snh,dnh->td", probs, value, layer["attention.o_weight_dnh"])
         y = norm(x, f"layers.{i}.mlp_norm")
-        gate = y @ layer["mlp.gate_weight_fd"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ layer["mlp.up_weight_fd"].T)) @ layer["mlp.down_weight_df"].T
+        gate, up = np.einsum("td,cfd->ctf", y, layer["mlp.gate_up_weight_2fd"])
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_weight_df"].T
     head = weights["embedding.weight_vd" if config.tie_embeddings else "head.weight_vd"]
     return norm(x, "norm") @ head.T
 
@@ -132,7 +130,7 @@ def test_scanned_layers_are_the_unrolled_ones():
 def test_layers_start_out_different(scan_layers):
     weights = weights_of(Llama(CONFIG, rngs=nnx.Rngs(0), scan_layers=scan_layers))
     drawn = [name for name in weights if "norm" not in name and name.startswith("layers.0.")]
-    assert len(drawn) == 7
+    assert len(drawn) == 4
     for name in drawn:
         others = [weights[name.replace("layers.0", f"layers.{i}")] for i in (1, 2)]
         assert not any(np.array_equal(weights[name], other) for other in others)
@@ -249,7 +247,9 @@ def test_every_layer_has_its_own_keys_in_the_cache():
     weights = weights_of(serving.model)
     x = weights["embedding.weight_vd"][some_tokens(9)]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps) * weights["layers.0.attention_norm.weight_d"]
-    expected = turned(np.einsum("td,khd->tkh", x, weights["layers.0.attention.k_weight_khd"]), np.arange(9), CONFIG)
+    expected = turned(
+        np.einsum("td,khd->tkh", x, weights["layers.0.attention.qkv_weight_kghd"][:, -2]), np.arange(9), CONFIG
+    )
     np.testing.assert_allclose(written[0], expected, rtol=1e-4, atol=1e-5)
     keys = keys.copy()
     keys[:, block, offset] = 0
@@ -278,7 +278,7 @@ def test_gradients_are_slopes_of_the_loss(config, scan_layers):
 
     found, weights = weights_of(gradient(model, jnp.asarray(tokens))), weights_of(model)
     assert found.keys() == weights.keys()
-    assert len(found) == 3 * 9 + 2 + (not config.tie_embeddings)
+    assert len(found) == 3 * 6 + 2 + (not config.tie_embeddings)
     rng = np.random.default_rng(0)
     for name, array in weights.items():
         assert np.isfinite(found[name]).all(), name
@@ -374,7 +374,7 @@ def test_llama_3_8b_has_its_published_size(scan_layers):
     leaves, hidden, cache, logits, trained = jax.eval_shape(serve, jax.ShapeDtypeStruct((64,), jnp.int32))
     assert sum(leaf.size for leaf in leaves) == 8_030_261_248  # arXiv 2407.21783's 8B, by Meta's checkpoint
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert len(leaves) == (9 if scan_layers else 9 * 32) + 3
+    assert len(leaves) == (6 if scan_layers else 6 * 32) + 3
     assert (hidden.shape, hidden.dtype) == ((64, 4096), jnp.bfloat16)
     assert [pages.shape for pages in cache] == [(32, 1000, 16, 8, 128)] * 2
     assert (logits.shape, logits.dtype) == ((4, 128256), jnp.float32)

@@ -39,19 +39,21 @@ def placed_by_hand(tensors: Tensors) -> Tensors:
         layer = {name.removeprefix(f"blk.{i}."): array for name, array in tensors.items()}
         placed[f"layers.{i}.attention_norm.weight_d"] = layer["attn_norm.weight"]
         placed[f"layers.{i}.mlp_norm.weight_d"] = layer["ffn_norm.weight"]
-        placed[f"layers.{i}.mlp.gate_weight_fd"] = layer["ffn_gate.weight"]
-        placed[f"layers.{i}.mlp.up_weight_fd"] = layer["ffn_up.weight"]
+        placed[f"layers.{i}.mlp.gate_up_weight_2fd"] = np.stack([layer["ffn_gate.weight"], layer["ffn_up.weight"]])
         placed[f"layers.{i}.mlp.down_weight_df"] = layer["ffn_down.weight"]
-        for letter, path, heads in (("q", "q_weight_nhd", N), ("k", "k_weight_khd", K)):
+        of_heads = {}
+        for letter, heads in (("q", N), ("k", K)):
             weight = np.empty((heads, H, D), np.float32)
             for head in range(heads):
                 for pair in range(H // 2):
                     rows = layer[f"attn_{letter}.weight"][head * H : (head + 1) * H]
                     weight[head, pair] = rows[2 * pair]
                     weight[head, pair + H // 2] = rows[2 * pair + 1]
-            placed[f"layers.{i}.attention.{path}"] = weight
+            of_heads[letter] = weight
         value = [layer["attn_v.weight"][head * H : (head + 1) * H] for head in range(K)]
-        placed[f"layers.{i}.attention.v_weight_khd"] = np.stack(value)
+        placed[f"layers.{i}.attention.qkv_weight_kghd"] = np.stack(
+            [[*of_heads["q"][k * N // K : (k + 1) * N // K], of_heads["k"][k], value[k]] for k in range(K)]
+        )
         output = [layer["attn_output.weight"][:, head * H : (head + 1) * H] for head in range(N)]
         placed[f"layers.{i}.attention.o_weight_dnh"] = np.stack(output, axis=1)
     return placed
@@ -68,7 +70,7 @@ def test_every_tensor_of_a_gguf_is_in_its_place(write_gguf: Write, gguf_tensors:
 def test_stacked_layers_are_the_separate_ones(write_gguf: Write, gguf_tensors: Tensors) -> None:
     expected = placed_by_hand(gguf_tensors)
     filled = fill_from_gguf(write_gguf(), scan_layers=True)
-    assert len(filled) == 3 + 9
+    assert len(filled) == 3 + 6
     for path, array in filled.items():
         if path.startswith("layers."):
             rest = path.removeprefix("layers.")

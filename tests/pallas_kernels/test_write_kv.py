@@ -223,9 +223,15 @@ def assert_rotated_and_written(result, problem, dtype):
     assert_as_exact(slot_pages[slots[real]], ref[real], low[real], dtype, name="key")
 
 
-def rotate_and_write_arguments(problem):
-    _, cache, slots, new, angles = problem
-    return cache, writes_to(slots), jnp.int32(1), *map(jnp.asarray, (*new, *angles))
+def qkv_of(query, key, value):
+    """As one projection brings them: of each token and kv head its queries, its key and its value."""
+    xp = np if isinstance(key, np.ndarray) else jnp
+    grouped = query.reshape(*key.shape[:2], query.shape[1] // key.shape[1], key.shape[2])
+    return xp.concatenate([grouped, key[:, :, None], value[:, :, None]], axis=2)
+
+
+def rotation_of(new, angles):
+    return tuple(map(jnp.asarray, (qkv_of(*new), *angles)))
 
 
 # T, block size, N, K, H
@@ -243,7 +249,7 @@ ROTARY_CASES = [
 def test_queries_and_keys_are_rotated_on_the_way(shape, dtype, implementation):
     problem = write_problem(shape, dtype)
     _, cache, slots, new, angles = problem
-    arguments = cache, writes_to(slots), jnp.int32(1), *map(jnp.asarray, (*new, *angles))
+    arguments = cache, writes_to(slots), jnp.int32(1), *rotation_of(new, angles)
     run = partial(rotate_and_write_kv, implementation=implementation)
     result = without_races(run, *arguments) if implementation == "mosaic" else jax.jit(run)(*arguments)
     assert_rotated_and_written(result, problem, dtype)
@@ -253,17 +259,22 @@ def test_queries_and_keys_are_rotated_on_the_way(shape, dtype, implementation):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"query": jnp.zeros((2, 4, 6))}, "query must be [tokens, q_heads, head_dim] = float32 (2, q_heads, 8), got"),
-        ({"query": jnp.zeros((3, 4, 8))}, "query must be [tokens, q_heads, head_dim] = float32 (2, q_heads, 8), got"),
-        ({"query": jnp.zeros((2, 4, 8), jnp.bfloat16)}, "float32 (2, q_heads, 8), got bfloat16 (2, 4, 8)"),
-        ({"key": jnp.zeros((2, 3, 8))}, "rotate_and_write_kv: key must be [tokens, kv_heads, head_dim] = (2, 2, 8)"),
+        (
+            {"qkv": jnp.zeros((2, 2, 4, 6))},
+            "of each + 2, head_dim] = (2, 2, at least 3, 8), got (2, 2, 4, 6)",
+        ),
+        ({"qkv": jnp.zeros((3, 2, 4, 8))}, "= (2, 2, at least 3, 8), got (3, 2, 4, 8)"),
+        ({"qkv": jnp.zeros((2, 3, 4, 8))}, "= (2, 2, at least 3, 8), got (2, 3, 4, 8)"),
+        ({"qkv": jnp.zeros((2, 2, 2, 8))}, "= (2, 2, at least 3, 8), got (2, 2, 2, 8)"),
+        ({"qkv": jnp.zeros((2, 4, 8))}, "= (2, 2, at least 3, 8), got (2, 4, 8)"),
+        ({"qkv": jnp.zeros((2, 2, 4, 8), jnp.bfloat16)}, "qkv must have the cache's dtype float32, got bfloat16"),
         ({"cos": jnp.zeros((2, 8))}, "cos must be [tokens, head_dim / 2] = float32 (2, 4), got float32 (2, 8)"),
         ({"sin": jnp.zeros((2, 4), jnp.bfloat16)}, "sin must be [tokens, head_dim / 2] = float32 (2, 4), got bfloat16"),
         ({"layer": 3}, "rotate_and_write_kv: layer must be in [0, 3), got 3"),
     ],
 )
 def test_bad_arguments_of_a_rotation_are_named_with_expected_and_actual(change, expected):
-    arguments = {"query": jnp.zeros((2, 4, 8)), "key": jnp.zeros((2, 2, 8)), "value": jnp.zeros((2, 2, 8)), "layer": 0}
+    arguments = {"qkv": jnp.zeros((2, 2, 4, 8)), "layer": 0}
     arguments |= {"cos": jnp.zeros((2, 4)), "sin": jnp.zeros((2, 4))}
     cache = KVCache.create(num_layers=3, num_blocks=5, block_size=4, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=re.escape(expected)):
@@ -281,9 +292,9 @@ def test_bad_arguments_of_a_rotation_are_named_with_expected_and_actual(change, 
 )
 def test_what_the_hopper_kernels_cannot_do_is_said(operation, K, H, reason):
     """And taken over by XLA where nothing is asked for."""
-    problem = write_problem((2, 1, 1, K, H), np.float16)
+    problem = write_problem((2, 1, K, K, H), np.float16)
     _, cache, slots, new, angles = problem
-    arguments = new[1:] if operation == "write_kv" else (*new, *angles)
+    arguments = new[1:] if operation == "write_kv" else (qkv_of(*new), *angles)
     run = partial({"write_kv": write_kv, "rotate_and_write_kv": rotate_and_write_kv}[operation], cache)
     with plgpu.force_gpu_interpret_mode():
         with pytest.raises(NotImplementedError, match=re.escape(f"{operation}: mosaic cannot serve: {reason}")):
@@ -303,7 +314,7 @@ def test_sharded_over_heads_each_card_writes_its_own():
     @partial(
         jax.shard_map,
         mesh=jax.sharding.Mesh(jax.devices()[:2], ("model",)),
-        in_specs=(pages, P(), heads, heads, heads, P(), P()),
+        in_specs=(pages, P(), heads, P(), P()),
         out_specs=(heads, pages),
         check_vma=False,
     )
@@ -311,18 +322,18 @@ def test_sharded_over_heads_each_card_writes_its_own():
         assert cache.num_kv_heads == 1
         return rotate_and_write_kv(cache, writes_to(slots), 1, *arrays)
 
-    result = jax.jit(run)(cache, jnp.asarray(slots), *map(jnp.asarray, (*new, *angles)))
+    result = jax.jit(run)(cache, jnp.asarray(slots), *rotation_of(new, angles))
     assert_rotated_and_written(result, problem, np.float32)
 
 
 def test_no_tokens_write_nothing():
     pages, cache, _, _, _ = write_problem((1, 16, 4, 2, 32), np.float32)
-    query, key = (jnp.zeros((0, heads, 32)) for heads in (4, 2))
+    key = jnp.zeros((0, 2, 32))
     angle, batch = jnp.zeros((0, 16)), writes_to([])
     with plgpu.force_gpu_interpret_mode():
         assert_same_bits(write_kv(cache, batch, 0, key, key, implementation="mosaic"), pages)
-        new = query, key, key, angle, angle
-        found, cache = rotate_and_write_kv(cache, batch, 0, *new, implementation="mosaic")
+        qkv = jnp.zeros((0, 2, 4, 32))
+        found, cache = rotate_and_write_kv(cache, batch, 0, qkv, angle, angle, implementation="mosaic")
     assert found.shape == (0, 4, 32)
     assert_same_bits(cache, pages)
 
@@ -363,6 +374,9 @@ ROTATION_MISTAKES = [
     ("b * cos + a * sin", "b * cos - a * sin"),
     ("head >= N", "head > N"),
     ("kv_head = head - N", "kv_head = 0 * head"),
+    ("lax.div(head, jnp.int32(group))", "0 * head"),
+    ("lax.rem(head, jnp.int32(group))", "0 * head"),
+    ("kv_head, group + 1]", "kv_head, group]"),
     ('memory["value"].at[token]', 'memory["value"].at[0]'),
     ("(kv_head, part)", "(0, part)"),
     ("pl.ds(half, half)", "pl.ds(0, half)"),
@@ -370,9 +384,9 @@ ROTATION_MISTAKES = [
 
 
 def rotation_is_wrong(module):
-    problem = write_problem((3, 16, 2, 2, 64), np.float32)
+    problem = write_problem((3, 16, 4, 2, 64), np.float32)
     _, cache, slots, new, angles = problem
-    arguments = cache, jnp.asarray(slots), jnp.int32(1), *map(jnp.asarray, (*new, *angles))
+    arguments = cache, jnp.asarray(slots), jnp.int32(1), *rotation_of(new, angles)
     check = partial(assert_rotated_and_written, problem=problem, dtype=np.float32)
     return is_caught(module.rotate_and_write_kv, arguments, check)
 
