@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from measure import DTYPE, ON_GPU, Figures, compile_all, seconds  # first: it says how JAX is to take memory
+from measure import DTYPE, ON_GPU, Figures, compile_all, seconds
 
 from pallas_kernels import flash_attention
 

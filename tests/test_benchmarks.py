@@ -1,10 +1,14 @@
-"""`benchmarks/gpu.py` at the small size that it has on a CPU."""
+"""`benchmarks/gpu.py` at the small size that it has on a CPU, and what `benchmarks/tune.py` makes of its times."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,3 +50,27 @@ def test_an_unknown_part(tmp_path: Path):
     assert result.returncode == 2
     assert "got encode" in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("tune")
+
+
+def test_the_fastest_is_that_of_the_least_geometric_mean_over_all_problems(tune):
+    rows = [{"keys": 64}, {"keys": 128}, {"keys": 192}]
+    times = {(0, "a"): 1.0, (0, "b"): 9.0, (1, "a"): 2.0, (1, "b"): 4.0, (2, "a"): 0.1}
+    assert tune.fastest(rows, times) == {"keys": 128}
+
+
+def test_tables_are_written_as_those_that_ship(tune):
+    shipped = (ROOT / "pallas_kernels" / "tuned" / "h100.json").read_text()
+    assert tune.written(json.loads(shipped)) == shipped
+
+
+def test_tuning_needs_a_hopper_gpu(tune, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tune.py", str(tmp_path / "h100.json")])
+    with pytest.raises(SystemExit, match="expected a Hopper GPU to measure, got cpu"):
+        tune.main()
+    assert not any(tmp_path.iterdir())
