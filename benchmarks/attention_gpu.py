@@ -1,35 +1,33 @@
-"""flash_attention on a Hopper GPU, beside cuDNN and PyTorch in the same run.
+"""flash_attention on a Hopper GPU, beside cuDNN, PyTorch and tokamax in the same run.
 
-    python benchmarks/attention_gpu.py [--lengths 2048,4096,8192,16384] [--peer-python PATH/TO/python] [--json FILE]
+    python benchmarks/attention_gpu.py [--head-dims 128,64,256] [--lengths 4096,16384,8192,2048] [--json FILE]
+                                       [--peer-python PATH/TO/python]
 
 Attention: bf16, batch * length = 16,384, heads * head dim = 2,048; 4 T^2 H operations a head forward, 2.5 times that
-backward, half of it where causal. Backward is forward and backward less forward. Each figure is the median over
-repeats of the mean of ten calls, and the contestants take turns in each repeat. PyTorch runs in a process of its own.
-On a CPU it runs at small size with the xla kernels, to show that it works.
+backward, half of it where causal. Backward is forward and backward less forward, at head dims up to 128. Each figure is
+the median over repeats of the mean of many calls, and the contestants take turns in each repeat. PyTorch runs in a
+process of its own while the others are compiled, under this Python or the one that is named; it is left out where that
+has none, and so is tokamax. On a CPU the xla kernels run at small size, to show that it works.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+from measure import DTYPE, ON_GPU, Figures, compile_all, seconds
 
 from pallas_kernels import flash_attention
 
-TOKENS, WIDTH = 16_384, 2_048
-CALLS, REPEATS = 10, 5
+TOKENS, WIDTH = (16_384, 2_048) if ON_GPU else (256, 256)
 
 
 @dataclass(frozen=True)
@@ -43,125 +41,114 @@ class Problem:
         return max(TOKENS // self.length, 1), self.length, WIDTH // self.head_dim, self.head_dim
 
     @property
+    def backward(self) -> bool:
+        return self.head_dim <= 128
+
+    @property
     def forward_flops(self) -> float:
         batch, length, heads, head_dim = self.shape
         return 4.0 * batch * heads * length**2 * head_dim / (2 if self.causal else 1)
 
-
-@dataclass(frozen=True)
-class Figure:
-    """TFLOP/s of one contestant on one problem; backward None where it was not asked for."""
-
-    contestant: str
-    problem: Problem
-    forward: float
-    backward: float | None
+    def row(self, contestant: str, forward: float, both: float | None) -> dict[str, Any]:
+        """What is reported; seconds are given."""
+        row = {"head dim": self.head_dim, "length": self.length, "causal": self.causal, "contestant": contestant}
+        row["forward TFLOP/s"] = self.forward_flops / forward / 1e12
+        if both is not None:
+            row["backward TFLOP/s"] = 2.5 * self.forward_flops / (both - forward) / 1e12
+        return row
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Mean of CALLS calls in a row; the device works them off without a gap."""
-    start = time.perf_counter()
-    results = [call() for _ in range(CALLS)]
-    jax.block_until_ready(results[-1])
-    return (time.perf_counter() - start) / CALLS
+def contestants() -> dict[str, Callable[..., jax.Array]]:
+    """Attention of query, key, value by name."""
+    if not ON_GPU:
+        return {"xla": partial(flash_attention, implementation="xla")}
+    found: dict[str, Callable[..., jax.Array]] = {
+        "jpaged": partial(flash_attention, implementation="mosaic"),
+        "cuDNN": partial(flash_attention, implementation="cudnn"),
+    }
+    if importlib.util.find_spec("tokamax"):
+        import tokamax  # pyright: ignore[reportMissingImports]
+
+        found["tokamax"] = partial(tokamax.dot_product_attention, implementation="mosaic")
+    return found
 
 
-def calls_of(implementation: Any, problem: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(forward, forward and backward), compiled and warm."""
-    dtype = jnp.float32 if implementation == "xla" else jnp.bfloat16
-    query, key, value, cotangent = (
-        jnp.asarray(np.random.default_rng(i).standard_normal(problem.shape, np.float32), dtype) for i in range(4)
-    )
-    attend: Any = partial(flash_attention, is_causal=problem.causal, implementation=implementation)
-    forward = jax.jit(attend)
+def compile_problems(problems: list[Problem]) -> dict[tuple[Problem, str, str], Callable[..., Any]]:
+    """By problem, contestant, and "forward" or "both"."""
+    programs = {}
+    for problem, (name, attention) in itertools.product(problems, contestants().items()):
+        attend = partial(attention, is_causal=problem.causal)
 
-    @jax.jit
-    def both(query, key, value, cotangent):
-        return jax.vjp(attend, query, key, value)[1](cotangent)
+        def both(query, key, value, cotangent, attend: Any = attend):
+            return jax.vjp(attend, query, key, value)[1](cotangent)
 
-    calls = partial(forward, query, key, value), partial(both, query, key, value, cotangent)
-    for call in calls:
-        jax.block_until_ready(call())
-    return calls
+        array = jax.ShapeDtypeStruct(problem.shape, DTYPE)
+        programs[problem, name, "forward"] = attend, (array,) * 3
+        if problem.backward:
+            programs[problem, name, "both"] = both, (array,) * 4
+    return compile_all(programs)
 
 
-def measure(problem: Problem, implementations: list[str], backward: bool) -> list[Figure]:
-    calls = {name: calls_of(name, problem) for name in implementations}
-    times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in calls for i in range(1 + backward)}
-    for _ in range(REPEATS):
-        for (name, i), seen in times.items():
-            seen.append(seconds(calls[name][i]))
-    figures = []
-    for name in calls:
-        forward = median(times[name, 0])
-        both = median(times[name, 1]) if backward else None
-        figures.append(
-            Figure(
-                name,
-                problem,
-                problem.forward_flops / forward / 1e12,
-                None if both is None else 2.5 * problem.forward_flops / (both - forward) / 1e12,
-            )
+def measure(
+    problems: list[Problem], compiled: dict[tuple[Problem, str, str], Callable[..., Any]], figures: Figures
+) -> None:
+    for problem in problems:
+        arrays = [jax.random.normal(jax.random.key(i), problem.shape, DTYPE) for i in range(4)]
+        times = seconds(
+            {
+                (name, what): partial(program, *arrays[: 3 if what == "forward" else 4])
+                for (of, name, what), program in compiled.items()
+                if of == problem
+            }
         )
-    return figures
+        for name in dict.fromkeys(name for name, _ in times):
+            figures.add("attention", problem.row(name, times[name, "forward"], times.get((name, "both"))))
 
 
-def measure_peer(python: str, problems: list[Problem]) -> list[Figure]:
+def start_peer(python: str, problems: list[Problem]) -> subprocess.Popen[str]:
     """PyTorch's attention backends, by `torch_attention_peer.py`."""
     script = Path(__file__).with_name("torch_attention_peer.py")
-    given = json.dumps([{"shape": p.shape, "causal": p.causal} for p in problems])
-    result = subprocess.run([python, str(script)], input=given, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{script.name} failed:\n{result.stderr}")
-    figures = []
-    for line in json.loads(result.stdout):
-        problem = problems[line["problem"]]
-        flops = problem.forward_flops / 1e12
-        figures.append(Figure(line["name"], problem, flops / line["forward"], 2.5 * flops / line["backward"]))
-    return figures
+    peer = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert peer.stdin is not None
+    with peer.stdin as given:
+        json.dump([{"shape": p.shape, "causal": p.causal, "backward": p.backward} for p in problems], given)
+    return peer
 
 
-def show(figures: list[Figure]) -> None:
-    table = Table("head dim", "length", "causal", "contestant", "forward TFLOP/s", "backward TFLOP/s")
-    for figure in sorted(figures, key=lambda f: (f.problem.head_dim, f.problem.causal, f.problem.length)):
-        backward = "" if figure.backward is None else f"{figure.backward:.0f}"
-        problem = figure.problem
-        table.add_row(
-            str(problem.head_dim),
-            str(problem.length),
-            "yes" if problem.causal else "no",
-            figure.contestant,
-            f"{figure.forward:.0f}",
-            backward,
-        )
-    Console(width=110).print(table)
+def report_peer(peer: subprocess.Popen[str], problems: list[Problem], figures: Figures) -> None:
+    assert peer.stdout is not None
+    for line in map(json.loads, peer.stdout):
+        both = line["both"]
+        figures.add("attention", problems[line["problem"]].row(line["name"], line["forward"], both))
+    if peer.wait():
+        print(f"PyTorch's process failed with status {peer.returncode}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = jax.default_backend() == "gpu"
-    parser.add_argument("--lengths", default="2048,4096,8192,16384" if on_gpu else "256")
-    parser.add_argument("--head-dims", default="64,128")
-    parser.add_argument("--no-backward", action="store_true")
-    parser.add_argument("--peer-python", help="a Python with PyTorch, to measure its attention too")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--head-dims", default="128,64,256" if ON_GPU else "64,128")
+    parser.add_argument("--lengths", default="4096,16384,8192,2048" if ON_GPU else "128")
+    parser.add_argument("--peer-python", help="a Python with PyTorch, where this one has none")
+    parser.add_argument("--json", type=Path, help="save all figures there")
     arguments = parser.parse_args()
-    problems = [
-        Problem(head_dim, length, causal)
+    groups = [
+        [
+            Problem(head_dim, length, causal)
+            for length in map(int, arguments.lengths.split(","))
+            for causal in (False, True)
+        ]
         for head_dim in map(int, arguments.head_dims.split(","))
-        for causal in (False, True)
-        for length in map(int, arguments.lengths.split(","))
     ]
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, Python {sys.version.split()[0]}")
-    implementations = ["mosaic", "cudnn"] if on_gpu else ["xla"]
-    figures = [f for p in problems for f in measure(p, implementations, not arguments.no_backward)]
-    if arguments.peer_python:
-        figures += measure_peer(arguments.peer_python, problems)
-    show(figures)
-    if arguments.json:
-        content = {"device": device, "jax": jax.__version__, "figures": [asdict(f) for f in figures]}
-        arguments.json.write_text(json.dumps(content, indent=1))
+    problems = list(itertools.chain(*groups))
+    figures = Figures(arguments.json)
+    python = arguments.peer_python or (sys.executable if ON_GPU and importlib.util.find_spec("torch") else None)
+    peer = start_peer(python, problems) if python else None
+    for group in groups:
+        compiled = compile_problems(group)
+        if peer:  # two at once would time each other
+            report_peer(peer, problems, figures)
+            peer = None
+        measure(group, compiled, figures)
 
 
 if __name__ == "__main__":

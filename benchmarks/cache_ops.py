@@ -3,7 +3,7 @@
     python benchmarks/cache_ops.py [--block-sizes 8,16,32,64,128,256] [--tokens 1024] [--json FILE]
 
 copy: blocks of so many tokens in all, batched (one call of `copy_blocks`) against one by one (a call a block), the
-ablation of arXiv 2309.06180. write: so many new tokens of one layer into slots drawn at random, alone and with the
+ablation of arXiv 2309.06180. write: so many new tokens of four layers into slots drawn at random, alone and with the
 rotation of queries and keys before it. swap: the same blocks out to pinned host memory and back in.
 Bytes are those that must move: read and written for copies and writes, across the bus for swaps. Contestants take turns
 in each repeat, and each figure is the median over repeats. On a GPU the cache is Llama-3-8B's in bfloat16, and the
@@ -11,11 +11,9 @@ kernels for Hopper stand beside XLA's; on a CPU it is small and float32, to show
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,12 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from measure import ON_GPU, Figures
 
 from pallas_kernels import HostPool, KVCache, PagedBatch, copy_blocks, rotate_and_write_kv, write_kv
 
 CALLS, REPEATS = 10, 7
+LAYERS = 4  # that one program writes
 Call = Callable[[KVCache], KVCache]  # the cache is donated
 
 
@@ -45,15 +43,6 @@ class Model:
     def token_bytes(self) -> int:
         """Of keys and values of one layer."""
         return 2 * self.K * self.H * jnp.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class Figure:
-    operation: str
-    block_size: int
-    contestant: str
-    gigabytes_per_second: float
-    ratio: float  # to the first contestant's
 
 
 def rates(cache: KVCache, calls: dict[str, Call], moved: int) -> dict[str, float]:
@@ -95,21 +84,29 @@ def writes(cache: KVCache, model: Model, tokens: int, implementations: list[Any]
     none = jnp.zeros(1, jnp.int32)
     batch = PagedBatch(none[:, None], none, jnp.zeros(2, jnp.int32), slots, none[0], max_query_len=1)
     shape = (tokens, model.K, model.N // model.K + 2, model.H)
-    qkv = jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype)
-    key, value = qkv[:, :, 0], qkv[:, :, 1]
+    layers = [jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype) for _ in range(LAYERS)]
+    new = [(qkv[:, :, 0], qkv[:, :, 1]) for qkv in layers]
     cos, sin = (jnp.asarray(rng.standard_normal((tokens, model.H // 2), np.float32)) for _ in range(2))
     calls: dict[str, Call] = {}
     for implementation in implementations:
 
         @partial(jax.jit, donate_argnums=0)
-        def write(cache: KVCache, layer: Any, implementation: Any = implementation) -> Any:
-            if rotate:
-                return rotate_and_write_kv(cache, batch, layer, qkv, cos, sin, implementation=implementation)
-            return None, write_kv(cache, batch, layer, key, value, implementation=implementation)
+        def write(cache: KVCache, layers: Any, implementation: Any = implementation) -> tuple[list[Any], KVCache]:
+            """Of several layers, as in a step of a model."""
+            queries = []
+            for layer, tokens in enumerate(layers):
+                if rotate:
+                    query, cache = rotate_and_write_kv(
+                        cache, batch, layer, tokens, cos, sin, implementation=implementation
+                    )
+                    queries.append(query)
+                else:
+                    cache = write_kv(cache, batch, layer, *tokens, implementation=implementation)
+            return queries, cache
 
-        calls[str(implementation)] = lambda cache, write=write: write(cache, jnp.int32(1))[1]
-    query_bytes = 2 * (qkv.nbytes - 2 * key.nbytes) if rotate else 0
-    return rates(cache, calls, 2 * tokens * model.token_bytes + query_bytes)
+        calls[str(implementation)] = lambda cache, write=write: write(cache, layers if rotate else new)[1]
+    query_bytes = 2 * tokens * model.N * model.H * jnp.dtype(model.dtype).itemsize if rotate else 0
+    return rates(cache, calls, LAYERS * (2 * tokens * model.token_bytes + query_bytes))
 
 
 def swaps(cache: KVCache, model: Model, tokens: int) -> dict[str, float]:
@@ -127,7 +124,9 @@ def swaps(cache: KVCache, model: Model, tokens: int) -> dict[str, float]:
     return rates(cache, calls, count * cache.block_size * model.L * model.token_bytes)
 
 
-def measure(model: Model, block_size: int, num_tokens: int, tokens: int, implementations: list[Any]) -> list[Figure]:
+def measure(
+    model: Model, block_size: int, num_tokens: int, tokens: int, implementations: list[Any], figures: Figures
+) -> None:
     def cache() -> KVCache:
         return KVCache.create(
             num_layers=model.L,
@@ -138,48 +137,31 @@ def measure(model: Model, block_size: int, num_tokens: int, tokens: int, impleme
             dtype=model.dtype,
         )
 
-    operations = {
-        "copy": copies(cache(), model, tokens, implementations),
-        "write": writes(cache(), model, tokens, implementations, rotate=False),
-        "rotate and write": writes(cache(), model, tokens, implementations, rotate=True),
-        "swap": swaps(cache(), model, tokens),
+    operations: dict[str, Callable[[], dict[str, float]]] = {
+        "copy": lambda: copies(cache(), model, tokens, implementations),
+        "write": lambda: writes(cache(), model, tokens, implementations, rotate=False),
+        "rotate and write": lambda: writes(cache(), model, tokens, implementations, rotate=True),
+        "swap": lambda: swaps(cache(), model, tokens),
     }
-    return [
-        Figure(operation, block_size, name, rate, rate / next(iter(found.values())))
-        for operation, found in operations.items()
-        for name, rate in found.items()
-    ]
-
-
-def show(figures: list[Figure]) -> None:
-    table = Table("operation", "block size", "contestant", "GB/s", "ratio")
-    for figure in sorted(figures, key=lambda figure: figure.operation):  # stable: block sizes stay in order
-        rate, ratio = f"{figure.gigabytes_per_second:.2f}", f"{figure.ratio:.3f}"
-        table.add_row(figure.operation, str(figure.block_size), figure.contestant, rate, ratio)
-    Console(width=100).print(table)
+    for operation, rates_of in operations.items():
+        found = rates_of()
+        first = next(iter(found.values()))
+        for name, rate in found.items():
+            row = {"block size": block_size, "contestant": name, "GB/s": rate, "ratio to the first": rate / first}
+            figures.add(operation, row)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--block-sizes", default="8,16,32,64,128,256")
-    parser.add_argument("--tokens", type=int, default=1024 if on_gpu else 256, help="copied, written and swapped")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--tokens", type=int, default=1024 if ON_GPU else 256, help="copied, written and swapped")
+    parser.add_argument("--json", type=Path, help="save all figures there")
     arguments = parser.parse_args()
-    model = Model(32, 32, 8, 128, jnp.bfloat16) if on_gpu else Model(4, 9, 3, 64, jnp.float32)
-    num_tokens = 65_536 if on_gpu else 4_096
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, Python {sys.version.split()[0]}")
-    implementations = ["mosaic", "xla"] if on_gpu else ["xla"]
-    figures = [
-        figure
-        for block_size in map(int, arguments.block_sizes.split(","))
-        for figure in measure(model, block_size, num_tokens, arguments.tokens, implementations)
-    ]
-    show(figures)
-    if arguments.json:
-        content = {"device": device, "jax": jax.__version__, "figures": [asdict(figure) for figure in figures]}
-        arguments.json.write_text(json.dumps(content, indent=1))
+    model = Model(32, 32, 8, 128, jnp.bfloat16) if ON_GPU else Model(4, 9, 3, 64, jnp.float32)
+    num_tokens = 65_536 if ON_GPU else 4_096
+    figures = Figures(arguments.json)
+    for block_size in map(int, arguments.block_sizes.split(",")):
+        measure(model, block_size, num_tokens, arguments.tokens, ["mosaic", "xla"] if ON_GPU else ["xla"], figures)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,32 @@
 """The engine on a GPU, with random weights: tokens/s against the bandwidth floor, and the host's share of a step.
 
-    python benchmarks/engine_gpu.py [--models 1b,8b] [--batch 64] [--prompt 512] [--new 256]
-                                    [--peer-python PATH/TO/python] [--json FILE]
+    python benchmarks/engine_gpu.py [--models 1b,8b] [--batch 64] [--prompt 512] [--new 256] [--json FILE]
+                                    [--peer] [--peer-new 64] [--peer-python PATH/TO/python]
 
 Shapes are Llama-3.2-1B's and Llama-3-8B's, in bfloat16; every request has a prompt of so many random tokens and brings
 so many new ones. The floor of a decode step is the time that its bytes, all weights and the keys and values held, take
 at the bandwidth that a copy reaches in the same run. The rate of decoding is that of the steps in which all requests
-decode; the rate of the whole run has the prefills in it too. The peer, transformers' continuous batching, runs in a
-process of its own under a Python that has it, on the same prompts and as many new tokens.
+decode; the rate of the whole run has the prefills in it too. The peer, transformers' continuous batching, then runs in
+a process of its own, under this Python or the one that is named, on the same prompts and --peer-new tokens each.
 On a CPU a tiny model shows that it works.
 """
 
 import argparse
 import json
-import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs the card's memory first
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
+from measure import DTYPE, ON_GPU, Figures, copy_bandwidth
 
 from jpaged import EngineConfig, LLMEngine, SamplingParams
 from models import Llama, LlamaConfig
@@ -43,40 +39,6 @@ CONFIGS = {
         vocab_size=512, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=128, max_len=1024
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one run; rates in tokens/s, times in milliseconds."""
-
-    model: str
-    batch: int
-    prompt: int
-    new: int
-    total_rate: float
-    decode_rate: float
-    decode_step_ms: float
-    floor_step_ms: float
-    host_ms: float  # of a step, in which the host schedules, starts the next one and takes in what was sampled
-    peer_rate: float | None = None
-
-    @property
-    def of_floor(self) -> float:
-        return self.floor_step_ms / self.decode_step_ms
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy far larger than the caches."""
-    x = jnp.ones(2**29 if jax.default_backend() == "gpu" else 2**22, jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)
-    copy(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        results = [copy(x) for _ in range(4)]
-        results[-1].block_until_ready()
-        times.append((time.perf_counter() - start) / 4)
-    return 2 * x.nbytes / median(times)
 
 
 def prompts_of(config: LlamaConfig, batch: int, length: int) -> list[list[int]]:
@@ -98,13 +60,11 @@ def run(engine: LLMEngine, prompts: list[list[int]], new: int, note: Callable[[f
     return time.perf_counter() - start
 
 
-def measure(name: str, batch: int, prompt: int, new: int, bandwidth: float) -> Figures:
+def engine_of(name: str, batch: int, limit: int) -> LLMEngine:
+    """With room for so many requests of so many tokens."""
     config = CONFIGS[name]
-    on_gpu = jax.default_backend() == "gpu"
-    dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()
-    limit = prompt + new + 16
-    engine = LLMEngine(
+    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=DTYPE))()
+    return LLMEngine(
         model,
         None,
         EngineConfig(
@@ -115,43 +75,48 @@ def measure(name: str, batch: int, prompt: int, new: int, bandwidth: float) -> F
             enable_prefix_caching=False,
         ),
     )
-    prompts = prompts_of(config, batch, prompt)
-    run(engine, prompts, new, lambda seconds, tokens: None)  # compiles
-    steps: list[float] = []
-    seconds = run(engine, prompts, new, lambda seconds, tokens: steps.append(seconds) if tokens == batch else None)
-    step = median(steps)
 
-    itemsize = jnp.dtype(dtype).itemsize
+
+def floor_seconds(name: str, batch: int, context: float, bandwidth: float) -> float:
+    """Of a decode step."""
+    config, itemsize = CONFIGS[name], jnp.dtype(DTYPE).itemsize
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=DTYPE))
     weights = sum(x.size for x in jax.tree.leaves(model)) * itemsize
     if not config.tie_embeddings:
         weights -= config.vocab_size * config.d_model * itemsize  # a step reads few rows of the embedding
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    floor = (weights + batch * (prompt + new / 2) * token) / bandwidth
-    return Figures(
-        name,
-        batch,
-        prompt,
-        new,
-        batch * new / seconds,
-        batch / step,
-        step * 1e3,
-        floor * 1e3,
-        host_seconds(engine) * 1e3,
-    )
+    return (weights + batch * context * token) / bandwidth
 
 
-def host_seconds(engine: LLMEngine) -> float:
+def measure(engine: LLMEngine, name: str, prompts: list[list[int]], new: int, floor: float) -> dict[str, Any]:
+    batch, steps = len(prompts), list[float]()
+    seconds = run(engine, prompts, new, lambda seconds, tokens: steps.append(seconds) if tokens == batch else None)
+    step = median(steps)
+    return {
+        "model": name,
+        "batch": batch,
+        "prompt": len(prompts[0]),
+        "new": new,
+        "tokens/s": batch * new / seconds,
+        "decoding tokens/s": batch / step,
+        "step ms": step * 1e3,
+        "floor ms": floor * 1e3,
+        "share of floor": floor / step,
+    }
+
+
+def host_seconds(engine: LLMEngine, prompts: list[list[int]]) -> float:
     """The host's own work of a step: scheduling, laying out, dispatching and taking in, with a device that is done."""
-    prompts = [[1] * 8] * engine.config.max_num_seqs
     times: list[float] = []
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     for number, prompt in enumerate(prompts):
         engine.add_request(f"host-{number}", prompt, params)
     while engine.has_unfinished():
         time.sleep(0.02)  # the step under way ends meanwhile
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), engine.stats().generation_tokens
         engine.step(only_finished=True)
-        times.append(time.perf_counter() - start)
+        if engine.stats().generation_tokens - tokens == len(prompts):
+            times.append(time.perf_counter() - start)
     return median(times)
 
 
@@ -175,47 +140,38 @@ def peer_rate(python: str, name: str, batch: int, prompt: int, new: int) -> floa
     return float(json.loads(result.stdout.splitlines()[-1])["tokens_per_second"])
 
 
-def show(figures: list[Figures]) -> None:
-    table = Table(
-        "model", "batch", "prompt", "new", "tokens/s", "decoding", "step ms", "floor ms", "of floor", "host ms", "peer"
-    )
-    for f in figures:
-        peer = "" if f.peer_rate is None else f"{f.peer_rate:,.0f} ({f.total_rate / f.peer_rate:.1f}x)"
-        table.add_row(
-            f.model, str(f.batch), str(f.prompt), str(f.new), f"{f.total_rate:,.0f}", f"{f.decode_rate:,.0f}",
-            f"{f.decode_step_ms:.2f}", f"{f.floor_step_ms:.2f}", f"{f.of_floor:.0%}", f"{f.host_ms:.2f}", peer,
-        )  # fmt: skip
-    Console(width=130).print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = jax.default_backend() == "gpu"
-    parser.add_argument("--models", default="1b,8b" if on_gpu else "tiny", help=f"of {', '.join(CONFIGS)}")
-    parser.add_argument("--batch", type=int, default=64 if on_gpu else 4)
-    parser.add_argument("--prompt", type=int, default=512 if on_gpu else 32)
-    parser.add_argument("--new", type=int, default=256 if on_gpu else 16)
-    parser.add_argument("--peer-python", help="a Python with transformers, to measure its continuous batching too")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--models", default="1b,8b" if ON_GPU else "tiny", help=f"of {', '.join(CONFIGS)}")
+    parser.add_argument("--batch", type=int, default=64 if ON_GPU else 4)
+    parser.add_argument("--prompt", type=int, default=512 if ON_GPU else 32)
+    parser.add_argument("--new", type=int, default=256 if ON_GPU else 16)
+    parser.add_argument("--peer", action="store_true", help="measure transformers' continuous batching too")
+    parser.add_argument("--peer-new", type=int, default=64)
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python with transformers, if not this one")
+    parser.add_argument("--json", type=Path, help="save all figures there")
     arguments = parser.parse_args()
     names = arguments.models.split(",")
     if unknown := set(names) - CONFIGS.keys():
         parser.error(f"--models: expected some of {', '.join(CONFIGS)}, got {', '.join(sorted(unknown))}")
-    sizes = arguments.batch, arguments.prompt, arguments.new
-    peers = {name: peer_rate(arguments.peer_python, name, *sizes) for name in names if arguments.peer_python}
+    batch, prompt, new = arguments.batch, arguments.prompt, arguments.new
+    figures = Figures(arguments.json)
     bandwidth = copy_bandwidth()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, a copy moves {bandwidth / 1e9:,.0f} GB/s")
-    figures = []
     for name in names:
-        figures.append(replace(measure(name, *sizes, bandwidth), peer_rate=peers.get(name)))
-        show(figures[-1:])
-    if arguments.json:
-        content: dict[str, Any] = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "bandwidth": bandwidth,
-        }
-        arguments.json.write_text(json.dumps(content | {"figures": [asdict(f) for f in figures]}, indent=1))
+        engine = engine_of(name, batch, prompt + new + 16)
+        prompts = prompts_of(CONFIGS[name], batch, prompt)
+        floor = floor_seconds(name, batch, prompt + new / 2, bandwidth)
+        start = time.perf_counter()
+        run(engine, prompts, new, lambda seconds, tokens: None)
+        row = {"compiling and first run s": time.perf_counter() - start}
+        figures.add("engine", measure(engine, name, prompts, new, floor) | row)
+        figures.add("host", {"model": name, "batch": batch, "step ms": host_seconds(engine, prompts) * 1e3})
+        if arguments.peer:
+            ours = batch * arguments.peer_new / run(engine, prompts, arguments.peer_new, lambda seconds, tokens: None)
+            del engine
+            peer = peer_rate(arguments.peer_python, name, batch, prompt, arguments.peer_new)
+            sizes = {"model": name, "batch": batch, "prompt": prompt, "new": arguments.peer_new}
+            figures.add("peer", sizes | {"tokens/s": ours, "peer tokens/s": peer, "times as fast": ours / peer})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """PyTorch's attention backends on the GPU, for `attention_gpu.py`.
 
-Reads problems as JSON from standard input and writes seconds as JSON to standard output.
+Reads problems as JSON from standard input and writes seconds, a JSON object a line, to standard output; what a backend
+cannot do is left out.
 """
 
 # pyright: reportMissingImports=false
@@ -31,7 +32,6 @@ def seconds(call) -> float:
 
 
 def main() -> None:
-    results = []
     for number, problem in enumerate(json.load(sys.stdin)):
         batch, length, heads, head_dim = problem["shape"]
         query, key, value, cotangent = (
@@ -48,9 +48,14 @@ def main() -> None:
                 def both(forward=forward, inputs=(query, key, value), cotangent=cotangent):
                     torch.autograd.grad(forward(), inputs, cotangent)
 
-                alone = seconds(forward)
-                results.append({"problem": number, "name": name, "forward": alone, "backward": seconds(both) - alone})
-    json.dump(results, sys.stdout)
+                try:
+                    line = {"problem": number, "name": name, "forward": seconds(forward), "both": None}
+                    if problem["backward"]:
+                        line["both"] = seconds(both)
+                except RuntimeError as error:
+                    print(f"{name}, {problem}: {error}", file=sys.stderr)
+                    continue
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

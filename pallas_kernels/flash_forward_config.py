@@ -6,12 +6,13 @@ registers, of which three warpgroups have 160 a thread and two have 240. Three w
 tensor cores busier than two that take turns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .attention_spec import AttentionOperands, AttentionSpec
+from .tuned_tables import tuned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
     """Tiles of one kernel.
 
@@ -20,9 +21,9 @@ class ForwardConfig:
     """
 
     rows: int = 64
-    keys: int = 128
-    warpgroups: int = 3
-    stages: int = 2
+    keys: int
+    warpgroups: int
+    stages: int
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -31,11 +32,15 @@ class ForwardConfig:
 
 
 def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> ForwardConfig:
-    """The fastest that compiles without spills. head_dim: a multiple of 64."""
+    """The fastest that was measured, made smaller where more has to fit. head_dim: a multiple of 64."""
+    config = ForwardConfig(**tuned("flash_forward", head_dim))
     if head_dim > 128:
-        return ForwardConfig(keys=64, warpgroups=2)
-    keys = 128 if operands.block_mask is None or operands.block_mask.block_kv % 128 == 0 else 64
+        return config
+    if operands.block_mask is not None and operands.block_mask.block_kv % config.keys:
+        config = replace(config, keys=64)
     # What segments and dropout keep for each row, and dropout's arithmetic, do not fit into 160 registers beside the
     # rest at head dim 128, nor both at 64.
     extras = (operands.query_segments is not None) + 2 * (spec.dropout_rate > 0.0)
-    return ForwardConfig(keys=keys, warpgroups=2 if extras and (head_dim > 64 or extras > 2) else 3)
+    if extras and (head_dim > 64 or extras > 2):
+        config = replace(config, warpgroups=2)
+    return config

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import paged_decode, paged_merge, paged_prefill
+from . import paged_decode, paged_decode_config, paged_merge, paged_prefill
 from .flash_forward_config import ForwardConfig
 from .kv_cache import KVCache
 from .paged_batch import PagedBatch, prefix_groups
-from .paged_decode import DecodeConfig
+from .paged_decode_config import DecodeConfig
 
 
 def unsupported(query: Array, cache: KVCache, batch: PagedBatch) -> str | None:
@@ -72,7 +72,7 @@ def decode(
     """
     T, N, H = query.shape
     K, R = cache.num_kv_heads, min(T, len(tables))
-    config = config or paged_decode.default_config(K, N // K, H)
+    config = config or paged_decode_config.default_config(K, N // K, H)
     max_tokens = tables.shape[1] * cache.block_size
     attend = partial(
         paged_decode.attend,
@@ -89,7 +89,7 @@ def decode(
         low = jnp.maximum(lengths - 1 - options.window_left, 0)
     elif (groups := prefix_groups(batch, R)) is not None:
         members = paged_decode.MAX_COLUMNS // (N // K)
-        shared_config = shared_config or paged_decode.default_config(K, members * (N // K), H)
+        shared_config = shared_config or paged_decode_config.default_config(K, members * (N // K), H)
         row = jnp.arange(R, dtype=jnp.int32)
         place = (row - groups.starts) % members
         items = paged_decode.split(
@@ -99,6 +99,8 @@ def decode(
         sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K, members)))
         low = groups.lens
     items = paged_decode.split(low, lengths, max_tokens, config)
+    if items.single and not sources:  # nothing to merge
+        return attend(items, config=config, dtype=query.dtype)[0][:, :N]
     parts = attend(items, config=config)
     sources.append(paged_merge.Parts(*parts, items.runs, paged_decode.columns_of_heads(N, K)))
     return paged_merge.merge(sources, group=N // K, dtype=query.dtype)

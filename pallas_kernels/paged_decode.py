@@ -1,10 +1,11 @@
 """Paged decode on Hopper GPUs: one new token of each sequence against its cached keys and values, at memory's speed.
 
-The work is a list of items, a run of at most `chunk` tokens of one sequence each, worked off by as many thread blocks
-as the GPU has multiprocessors. In a block one warpgroup loads pages by TMA through the block table, into rings that
+The work is a list of items, a run of tokens of one sequence each, worked off by as many thread blocks as the GPU's
+multiprocessors hold at once. In a block one warpgroup loads pages by TMA through the block table, into rings that
 stay full from one item to the next; the other computes. It works on S^T = K Q^T and O^T = V^T P^T, so that the tensor
 cores' 64 rows are tokens and the queries of a kv head are the 8 to 64 columns: no row is wasted on padding, and the
-softmax has little to do. Each item leaves its output and log-sum-exp in float32, which `paged_merge` adds up.
+softmax has little to do. Each item leaves its output and log-sum-exp in float32, which `paged_merge` adds up; where no
+sequence can have two items, it leaves the output itself.
 
 How a sequence is cut depends on its own length and on static sizes alone, and each part is computed and added up in
 the same order whatever else the batch holds: so are its bits.
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from .mosaic_common import (
@@ -40,46 +42,9 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
+from .paged_decode_config import MAX_COLUMNS, REDUCTION_BYTES, TILE, DecodeConfig, padded_columns
+from .paged_merge import whole_segments
 from .paged_tiles import PageTiles, padded, row_tiles
-
-TILE = 64  # tokens of a step, the rows of one wgmma
-MAX_COLUMNS = 32  # queries of an item: their softmax and output lie in registers
-SHARED_MEMORY = 227 * 1024  # bytes that a block can have
-REDUCTION_BYTES = 4096  # shared memory through which the maximum over a tile's tokens goes
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is cut.
-
-    heads: kv heads of an item. Neighbours in memory, so one TMA brings a page's rows of all of them: with 256 columns
-      that is 8 KB for a page of 16 tokens, and a block has to issue one in 300 ns to get its 25 GB/s, the 132nd part
-      of an H100's bandwidth.
-    chunk: tokens of an item at least, but for the last of a sequence. It writes and reads 4 bytes an output element
-      beside chunk * 4 bytes of keys and values each query group shares: 512 keep that at 3 % for 8 queries a kv head.
-    splits: items of a sequence and group of kv heads at most; one sequence alone then fills the multiprocessors.
-    stages: tiles of keys, and as many of values, in shared memory. By Little's law an H100 needs 3.35 TB/s * 1 us in
-      flight, 25 KB a multiprocessor; at 256 columns two tiles of each are 128 KB while a third is being worked on.
-    blocks: thread blocks, one a multiprocessor.
-    """
-
-    heads: int
-    splits: int
-    stages: int
-    chunk: int = 512
-    blocks: int = 132
-
-
-def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig:
-    """For so many query heads a kv head (`group`)."""
-    columns = padded_columns(group)
-    fits = (d for d in range(num_kv_heads, 0, -1) if num_kv_heads % d == 0)
-    heads = next(d for d in fits if d == 1 or (d * padded(head_dim) <= 256 and d * columns <= MAX_COLUMNS))
-    width = padded(head_dim)
-    tiles = 2 * PageTiles(TILE, 1, TILE, heads, head_dim).bytes
-    others = heads * columns * (2 * width + 2 * TILE + 4 * width) + REDUCTION_BYTES + 2048
-    stages = min((SHARED_MEMORY - others) // tiles, 6)
-    return DecodeConfig(heads=heads, splits=max(128 * heads // num_kv_heads, 4), stages=stages)
 
 
 def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -> str | None:
@@ -93,11 +58,6 @@ def unsupported(block_size: int, num_kv_heads: int, group: int, head_dim: int) -
     if group > MAX_COLUMNS:
         return f"it takes at most {MAX_COLUMNS} query heads a kv head, got {group}"
     return None
-
-
-def padded_columns(queries: int) -> int:
-    """Columns of a kv head's queries: wgmma has them in eights."""
-    return -(-queries // 8) * 8
 
 
 def columns_of_heads(query_heads: int, kv_heads: int, members: int = 1) -> Int32[Array, " N"]:
@@ -117,6 +77,11 @@ class Items(NamedTuple):
     runs: Int32[Array, "R 3"]
     """The first part, how many, and how many sequences before this one are in its items."""
 
+    @property
+    def single(self) -> bool:
+        """Whether, unless they share any, each sequence has the part of its own number alone: none can be longer."""
+        return len(self.fields) == len(self.runs)
+
 
 def split(
     low: Int32[Array, " R"],
@@ -126,20 +91,25 @@ def split(
     place: Int32[Array, " R"] | None = None,
     members: Int32[Array, " R"] | None = None,
 ) -> Items:
-    """Cuts the tokens low <= t < stop of each sequence into items; none gives none. max_tokens: none has more.
+    """Cuts the tokens low <= t < stop of each sequence into items; max_tokens: none has more.
+
+    No tokens give no item, but an empty one where each sequence has a single one.
 
     Where sequences share items, `place` counts those before each one in its items, and `members` all in them.
     """
+    alone = place is None
     place = jnp.zeros_like(low) if place is None else place
     members = jnp.ones_like(low) if members is None else members
     first = low // TILE * TILE
     visible = stop - first
-    size = jnp.maximum(-(-visible // (config.splits * TILE)) * TILE, config.chunk)
-    counts = -(-visible // size)
+    most = min(config.splits, -(-max_tokens // config.chunk))
+    counts = jnp.clip(-(-visible // config.chunk), 1, most)
+    size = jnp.maximum(-(-visible // (counts * TILE)), 1) * TILE  # alike, so that blocks have alike to do
+    if most > 1 or not alone:
+        counts = -(-visible // size)
     parts = jnp.cumsum(counts, dtype=jnp.int32) - counts
     own = jnp.where(place == 0, counts, 0)
     ends = jnp.cumsum(own, dtype=jnp.int32)
-    most = min(config.splits, -(-max_tokens // config.chunk))
     item = jnp.arange(low.shape[0] * most, dtype=jnp.int32)
     row = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, low.shape[0] - 1)
@@ -168,11 +138,13 @@ def attend(
     soft_cap: float | None,
     config: DecodeConfig,
     members: int = 1,
-) -> tuple[Float[Array, "parts N padded"], Float[Array, "parts columns"]]:
-    """Output and log2-sum-exp2 of each part, float32; entries of parts that do not exist are left as they were.
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "parts heads padded"], Float[Array, "parts columns"]]:
+    """Output and log2-sum-exp2 of each part; entries of parts that do not exist are left as they were.
 
     tables: blocks of `keys` and `values`, those of all layers counted on. members: sequences of an item at most. The
-    output's head dim is padded, and the log-sum-exp has the padded columns of all heads (`columns_of_heads`).
+    output's head dim is padded, its heads are those of `whole_segments`, and the log-sum-exp, always float32, has the
+    padded columns of all heads (`columns_of_heads`).
     """
     R, N, H = query.shape
     block_size, K = keys.shape[2:4]
@@ -181,22 +153,22 @@ def attend(
         query = query.reshape(R, K, N // K, -1).swapaxes(0, 1).reshape(K, R * N // K, -1)
     launch = _Launch(members, N // K, H, block_size, K // config.heads, scale, soft_cap, config)
 
-    def kernel(*refs):
+    def paged_decode(*refs):
         block = _Block(launch, *refs)
         pl.when(lax.axis_index("warpgroup") == 0)(block.compute)
         pl.when(lax.axis_index("warpgroup") == 1)(block.load)
 
     out, lse = plgpu.kernel(
-        kernel,
+        paged_decode,
         out_type=[
-            jax.ShapeDtypeStruct((len(items.fields), N, padded(H)), jnp.float32),
+            jax.ShapeDtypeStruct((len(items.fields), whole_segments(N, padded(H)), padded(H)), dtype),
             jax.ShapeDtypeStruct((len(items.fields), launch.groups * launch.columns), jnp.float32),
         ],
         grid=(config.blocks,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
-        scratch_types=[launch.memory(query.dtype)],
+        scratch_types=[launch.memory(query.dtype, dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
     )(query, launch.pages.cut(keys), launch.pages.cut(values), tables, items.fields, items.total)
     return out, lse
@@ -230,7 +202,7 @@ class _Launch:
         """The rings of keys and of values."""
         return PageTiles(TILE, self.config.stages, self.block_size, self.config.heads, self.head_dim)
 
-    def memory(self, dtype: jnp.dtype) -> dict[str, Any]:
+    def memory(self, dtype: jnp.dtype, out_dtype: DTypeLike) -> dict[str, Any]:
         """The shared memory of a block."""
         pages = self.pages
         full = plgpu.Barrier(num_arrivals=pages.copies, num_barriers=pages.stages)
@@ -240,7 +212,7 @@ class _Launch:
             "keys": pages.memory(dtype),
             "values": pages.memory(dtype),
             "weights": row_tiles(self.columns, TILE, dtype=dtype),
-            "out": plgpu.SMEM((self.columns, padded(self.head_dim)), jnp.float32),
+            "out": plgpu.SMEM((self.columns, padded(self.head_dim)), out_dtype),
             "lse": plgpu.SMEM((self.columns,), jnp.float32),
             "queries_full": plgpu.Barrier(num_arrivals=pages.panels),
             "keys_full": full,
@@ -314,6 +286,7 @@ class _Block:
     def compute(self) -> None:
         """The warpgroup that computes."""
         self.each_item(self.compute_item)
+        plgpu.wait_smem_to_gmem(0)
 
     def compute_item(self, item: _Item, done: Scalar) -> None:
         launch, memory = self.launch, self.memory
@@ -336,17 +309,17 @@ class _Block:
         m, sums, out = lax.fori_loop(0, item.steps, lambda step, state: self.step(item, step, done, *state), state)
         total = sums.sum(axis=0)
         safe = jnp.where(total > 0, total, 1.0)
+        plgpu.wait_smem_to_gmem(0)  # what the item before left has been read
         for panel in range(panels):
             scaled = out[panel] * broadcast(1 / safe, out[panel].shape, 1)
             target = memory["out"].at[:, pl.ds(panel * PANEL, PANEL)].transpose((1, 0))
-            target[...] = plgpu.layout_cast(scaled, plgpu.Layout.WGMMA_TRANSPOSED)
+            target[...] = plgpu.layout_cast(scaled.astype(self.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         memory["lse"][...] = jnp.where(total > 0, m + jnp.log2(safe), -jnp.inf)
         plgpu.commit_smem()
         if launch.members == 1:
             self.store(item, 0)
         else:
             pl.loop(0, item.members)(partial(self.store, item))
-        plgpu.wait_smem_to_gmem(0)
 
     def store(self, item: _Item, member: Scalar) -> None:
         """Starts the copies of one sequence's output and of all columns' log-sum-exp to its part."""

@@ -1,7 +1,8 @@
 """The parts of each sequence's attention added up by their log-sum-exp, on Hopper GPUs.
 
-A thread block for each sequence and query head reads the parts by TMA, some at a time, and adds them up one after the
-other: in the same order whatever else the batch holds.
+A thread block for each sequence and SEGMENT output elements, of one head or two, a thread an element, reads the parts
+straight from device memory, where they have just been written, and adds them up one after the other: in the same order
+whatever else the batch holds.
 """
 
 import itertools
@@ -16,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from .mosaic_common import LEAST, WGMMA
+from .mosaic_common import LEAST, Ref, Scalar
 
-COPY = 8  # parts of one copy
-PARTS = 32  # parts in shared memory at once: 16 KB at head dim 128, so that a multiprocessor holds many blocks
+SEGMENT = 128  # elements of a row that a thread block works on
+TOGETHER = 8  # parts that are being read at once: one read takes about as long as another
+STRIDED = plgpu.Layout.WG_STRIDED((SEGMENT,), vec_size=1)
 
 
 class Parts(NamedTuple):
@@ -34,77 +36,66 @@ class Parts(NamedTuple):
     """Where in `lse` each query head stands, `group` further on for the next sequence."""
 
 
-def merge(sources: Sequence[Parts], *, group: int, dtype: DTypeLike) -> Float[Array, "R N H"]:
-    """Softmax-weighted sums of the parts of all sources, zeros where there are none. group: query heads a kv head."""
-    N, H = sources[0].out.shape[1:]
-    R = sources[0].runs.shape[0]
+def whole_segments(heads: int, head_dim: int) -> int:
+    """As many heads or more, together whole segments. head_dim: a multiple of SEGMENT / 2."""
+    return heads + heads * head_dim // (SEGMENT // 2) % 2
 
-    def add_parts(source, row, head, memory, state):
+
+def merge(sources: Sequence[Parts], *, group: int, dtype: DTypeLike) -> Float[Array, "R N H"]:
+    """Softmax-weighted sums of the parts of all sources, zeros where there are none. group: query heads a kv head.
+
+    The parts' heads are whole segments together (`whole_segments`), the last one nobody's where N is odd.
+    """
+    heads, H = sources[0].out.shape[1:]
+    R, N = len(sources[0].runs), len(sources[0].columns)
+
+    def add_parts(source: Sequence[Ref], row: Scalar, start: Scalar, state: tuple[Array, ...]) -> tuple[Array, ...]:
         """One source's parts into the running maximum, sum and output."""
-        parts_ref, lse_ref, runs_ref, column_ref = source
-        first, count, column = runs_ref[row, 0], runs_ref[row, 1], column_ref[head] + runs_ref[row, 2] * group
-        near = lax.div(column, jnp.int32(COPY)) * COPY  # a copy takes 16 bytes at least
+        parts_ref, lse_ref, runs_ref, columns_ref = source
+        first, count, shift = runs_ref[row, 0], runs_ref[row, 1], runs_ref[row, 2] * group
+        halves = [
+            columns_ref[lax.min(lax.div(start + half, jnp.int32(H)), N - 1)] + shift for half in (0, SEGMENT // 2)
+        ]
+        in_first_half = plgpu.broadcasted_iota(jnp.int32, (SEGMENT,), 0, layout=STRIDED) < SEGMENT // 2
 
         def turn(index, state):
-            done = index * PARTS
-            for i in range(PARTS // COPY):
-                here = pl.ds(i * COPY, COPY)
-                there = pl.ds(first + done + i * COPY, COPY)
-
-                @pl.when(done + i * COPY < count)
-                def _(here=here, there=there):
-                    plgpu.copy_gmem_to_smem(parts_ref.at[there, head], memory["parts"].at[here], memory["full"])
-                    plgpu.copy_gmem_to_smem(
-                        lse_ref.at[there, pl.ds(near, COPY)], memory["lse"].at[here], memory["full"]
-                    )
-
-                @pl.when(done + i * COPY >= count)
-                def _():
-                    plgpu.barrier_arrive(memory["full"])
-                    plgpu.barrier_arrive(memory["full"])
-
-            plgpu.barrier_wait(memory["full"])
-            here = lax.min(count - done, jnp.int32(PARTS))
             m, total, out = state
-            m_new = lax.fori_loop(0, here, lambda i, m: jnp.maximum(m, memory["lse"][i, column - near]), m)
+            logs, parts = [], []
+            for i in range(TOGETHER):
+                nth = index * TOGETHER + i
+                part = first + lax.min(nth, count - 1)
+                log = [jnp.where(nth < count, lse_ref[part, column], -jnp.inf) for column in halves]
+                logs.append(jnp.where(in_first_half, *(lax.broadcast(x, (SEGMENT,)) for x in log)))
+                parts.append(plgpu.load(parts_ref.at[part, pl.ds(start, SEGMENT)], layout=STRIDED))
+            m_new = m
+            for log in logs:
+                m_new = jnp.maximum(m_new, log)
             alpha = jnp.exp2(m - m_new)
-
-            def add(i, state):
-                total, out = state
-                weight = jnp.exp2(memory["lse"][i, column - near] - m_new)
-                part = plgpu.load(memory["parts"].at[i], layout=WGMMA.reduce(0))
-                return total + weight, out + part * weight
-
-            total, out = lax.fori_loop(0, here, add, (total * alpha, out * alpha))
-            plgpu.commit_smem()  # all have read, and TMA will write there
+            total, out = total * alpha, out * alpha
+            for log, part in zip(logs, parts, strict=True):
+                weight = jnp.exp2(log - m_new)
+                total, out = total + weight, out + part * weight
             return m_new, total, out
 
-        return lax.fori_loop(0, lax.div(count + (PARTS - 1), jnp.int32(PARTS)), turn, state)
+        return lax.fori_loop(0, lax.div(count + (TOGETHER - 1), jnp.int32(TOGETHER)), turn, state)
 
-    def kernel(*refs):
-        *refs, out_ref, memory = refs
-        row, head = lax.axis_index("row"), lax.axis_index("head")
-        nothing = plgpu.layout_cast(jnp.zeros((H,), jnp.float32), WGMMA.reduce(0))
-        state = (jnp.float32(LEAST), jnp.float32(0.0), nothing)
-        for source in itertools.batched(refs, len(Parts._fields)):
-            state = add_parts(source, row, head, memory, state)
+    def paged_merge(*refs: Ref) -> None:
+        *inputs, out_ref = refs
+        row, start = lax.axis_index("row"), lax.axis_index("segment") * SEGMENT
+        state = tuple(
+            plgpu.layout_cast(jnp.full((SEGMENT,), value, jnp.float32), STRIDED) for value in (LEAST, 0.0, 0.0)
+        )
+        for source in itertools.batched(inputs, len(Parts._fields)):
+            state = add_parts(source, row, start, state)
         _, total, out = state
-        memory["out"][...] = (out * (1 / jnp.where(total > 0, total, 1.0))).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory["out"], out_ref.at[row, head])
-        plgpu.wait_smem_to_gmem(0)
+        out_ref[row, pl.ds(start, SEGMENT)] = (out / jnp.where(total > 0, total, 1.0)).astype(dtype)
 
-    memory = {
-        "parts": plgpu.SMEM((PARTS, H), jnp.float32),
-        "lse": plgpu.SMEM((PARTS, COPY), jnp.float32),
-        "out": plgpu.SMEM((H,), dtype),
-        "full": plgpu.Barrier(num_arrivals=2 * (PARTS // COPY)),
-    }
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((R, N, H), dtype),
-        grid=(R, N),
-        grid_names=("row", "head"),
-        scratch_types=[memory],
+    flat = [source._replace(out=source.out.reshape(-1, heads * H)) for source in sources]
+    out = plgpu.kernel(
+        paged_merge,
+        out_type=jax.ShapeDtypeStruct((R, heads * H), dtype),
+        grid=(R, heads * H // SEGMENT),
+        grid_names=("row", "segment"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*itertools.chain(*sources))
+    )(*itertools.chain(*flat))
+    return out.reshape(R, heads, H)[:, :N]

@@ -41,11 +41,12 @@ from .mosaic_common import (
 )
 from .paged_tiles import PageTiles, padded
 from .tiles import TileRange, tile_range
+from .tuned_tables import tuned
 
 
 def default_config(head_dim: int) -> ForwardConfig:
-    """Flash attention's fastest that compiles without spills."""
-    return ForwardConfig() if head_dim <= 128 else ForwardConfig(keys=64, warpgroups=2)
+    """Flash attention's fastest."""
+    return ForwardConfig(**tuned("flash_forward", padded(head_dim)))
 
 
 class Items(NamedTuple):

@@ -49,9 +49,9 @@ def test_float16():
 @pytest.mark.parametrize(
     "config",
     [
-        ForwardConfig(keys=64),
-        ForwardConfig(warpgroups=2, stages=3),
-        ForwardConfig(keys=192, warpgroups=1),
+        ForwardConfig(keys=64, warpgroups=3, stages=2),
+        ForwardConfig(keys=128, warpgroups=2, stages=3),
+        ForwardConfig(keys=192, warpgroups=1, stages=2),
     ],
     ids=str,
 )

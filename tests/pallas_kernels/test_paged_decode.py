@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from mosaic_interpreter import caught, interpreted, mutant, without_races
 from paged_oracle import LAYER, Step, assert_sequences_exact
 
-from pallas_kernels import paged_attention, paged_decode, paged_merge, write_kv
+from pallas_kernels import paged_attention, paged_decode, paged_decode_config, paged_merge, write_kv
 from pallas_kernels import paged_attention_mosaic as mosaic
 
 # Of few blocks, each works off several items; of small chunks, many sequences have several parts.
@@ -34,7 +34,7 @@ def small_config(step, **changes):
     _, cache, *_ = step.arguments()
     K, H = cache.num_kv_heads, cache.head_dim
     return dataclasses.replace(
-        paged_decode.default_config(K, step.queries[0].shape[1] // K, H), **SMALL | {"stages": 2} | changes
+        paged_decode_config.default_config(K, step.queries[0].shape[1] // K, H), **SMALL | {"stages": 2} | changes
     )
 
 
@@ -87,8 +87,24 @@ def test_a_decodes_bits_do_not_depend_on_the_batch():
         np.testing.assert_array_equal(out[: len(chosen)], together[chosen])
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"), [({}, {}), ({"N": 9, "K": 3}, {"left": 100}), ({"H": 80}, {"logits_soft_cap": 8.0})]
+)
+def test_sequences_of_one_part_need_no_merge(monkeypatch, changes, options):
+    """Where none can be longer; their bits are those that they have beside longer ones, and who has none gets zeros."""
+    step = decodes(CONTEXTS, **changes)
+    attend, query, cache, batch = program(step, config=small_config(step, chunk=384), **options)
+    wide = dataclasses.replace(batch, block_tables=jnp.pad(batch.block_tables, ((0, 0), (0, 16))))
+    merged = without_races(attend, query, cache, wide)
+    monkeypatch.setattr(paged_merge, "merge", None)
+    out = without_races(attend, query, cache, batch)
+    assert_sequences_exact(step, out, **options)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(merged))
+    assert not np.asarray(out)[len(CONTEXTS) :].any()
+
+
 def test_how_a_sequence_is_cut_depends_on_its_length_alone():
-    config = paged_decode.DecodeConfig(heads=2, splits=8, stages=3, chunk=512)
+    config = paged_decode_config.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
 
     def parts(lengths):
@@ -109,50 +125,51 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
 
 
 def test_windows_skip_the_blocks_outside():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
     assert np.asarray(items.fields)[:4, :4].tolist() == [
-        [0, 3968, 4480, 3999],
-        [0, 4480, 4992, 3999],
-        [0, 4992, 5000, 3999],
+        [0, 3968, 4352, 3999],
+        [0, 4352, 4736, 3999],
+        [0, 4736, 5000, 3999],
         [1, 0, 100, 0],
     ]
 
 
 def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
-    config = paged_decode.DecodeConfig(heads=1, splits=8, stages=3, chunk=512)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
     low, prefix, place, members = (
         jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
     )
     items = paged_decode.split(low, prefix, 8192, config, place, members)
     assert np.asarray(items.fields)[: int(items.total[0])].tolist() == [
-        [0, 0, 512, 0, 0, 2, 2],
-        [0, 512, 640, 0, 1, 2, 2],
-        [2, 0, 512, 0, 4, 1, 2],
-        [2, 512, 640, 0, 5, 1, 2],
+        [0, 0, 320, 0, 0, 2, 2],
+        [0, 320, 640, 0, 1, 2, 2],
+        [2, 0, 320, 0, 4, 1, 2],
+        [2, 320, 640, 0, 5, 1, 2],
         [4, 0, 64, 0, 6, 1, 1],
     ]
     assert np.asarray(items.runs).tolist() == [[0, 2, 0], [2, 2, 1], [4, 2, 0], [6, 0, 0], [6, 1, 0]]
 
 
 class Parts:
-    """Parts of a few sequences, of which some have seen nothing: a log-sum-exp of -inf."""
+    """Parts of a few sequences, of which some have seen nothing: a log-sum-exp of -inf. NaN wherever is none."""
 
-    def __init__(self, counts, H):
+    def __init__(self, counts, H, N=6, K=2):
         rng = np.random.default_rng(0)
-        total, N, K = sum(counts), 6, 2
+        total, self.group = sum(counts), N // K
         self.columns = np.asarray(paged_decode.columns_of_heads(N, K))
         logs = 10 * rng.standard_normal((total, N)).astype(np.float32)
         empty = rng.random((total, N)) < 0.3
-        self.lse = np.full((total, 16), np.nan, np.float32)
-        self.lse[:, self.columns] = np.where(empty, -np.inf, logs)
-        self.parts = np.where(empty[..., None], 0, rng.standard_normal((total, N, H))).astype(np.float32)
+        self.lse = np.full((total + 8, 8 * K), np.nan, np.float32)
+        self.lse[:total, self.columns] = np.where(empty, -np.inf, logs)
+        self.parts = np.full((total + 8, paged_merge.whole_segments(N, H), H), np.nan, np.float32)
+        self.parts[:total, :N] = np.where(empty[..., None], 0, rng.standard_normal((total, N, H)))
         self.runs = np.stack([np.cumsum([0, *counts[:-1]]), counts, np.zeros_like(counts)], -1).astype(np.int32)
 
     def merged(self, merge):
         """What a kernel makes of them, and whether it raced."""
         arrays = map(jnp.asarray, (self.parts, self.lse, self.runs, self.columns))
-        return interpreted(partial(merge, group=3, dtype=jnp.bfloat16), [paged_merge.Parts(*arrays)])
+        return interpreted(partial(merge, group=self.group, dtype=jnp.bfloat16), [paged_merge.Parts(*arrays)])
 
     def assert_exact(self, out):
         for (start, count, _), found in zip(self.runs, np.asarray(out).astype(np.float64), strict=True):
@@ -160,14 +177,14 @@ class Parts:
             logs = self.lse[here, self.columns].astype(np.float64)
             weights = np.exp2(logs - logs.max(0, initial=-1e30))
             weights /= np.maximum(weights.sum(0), 1e-30)
-            expected = np.einsum("sn,snh->nh", weights, self.parts[here].astype(np.float64))
+            expected = np.einsum("sn,snh->nh", weights, self.parts[here, : len(self.columns)].astype(np.float64))
             np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("sizes", [{"H": 64}, {"H": 128}, {"H": 192}, {"H": 64, "N": 9, "K": 3}], ids=str)
 @pytest.mark.parametrize("counts", [[0, 1, 2, 3, 5, 17], [33, 97]])
-def test_parts_are_merged_by_their_log_sum_exp(counts, H):
-    parts = Parts(counts, H)
+def test_parts_are_merged_by_their_log_sum_exp(counts, sizes):
+    parts = Parts(counts, **sizes)
     out, raced = parts.merged(paged_merge.merge)
     assert not raced
     parts.assert_exact(out)
@@ -184,7 +201,7 @@ MUTANTS = {
     "sum not rescaled": ("sums * broadcast(alpha, sums.shape, 1) + p", "sums + p"),
     "not drained": ('drain(done, self.config.stages, self.memory["values_free"])', "pass"),
     "log of another base": ("m + jnp.log2(safe)", "m + jnp.log(safe)"),
-    "stores not awaited": ("plgpu.wait_smem_to_gmem(0)", "pass"),
+    "stores not awaited": ("(self.compute_item)\n        plgpu.wait_smem_to_gmem(0)", "(self.compute_item)"),
 }
 
 
@@ -200,17 +217,18 @@ def test_mistakes_in_decode_are_caught(monkeypatch, name):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("PARTS = 32", "PARTS = 8"),  # no mistake
-        ('plgpu.barrier_wait(memory["full"])', "pass"),
-        ("(total * alpha, out * alpha)", "(total, out)"),
-        ("lax.min(count - done, jnp.int32(PARTS))", "PARTS"),
-        ("plgpu.commit_smem()  # all have read, and TMA will write there", ""),
+        ("TOGETHER = 8", "TOGETHER = 2"),  # no mistake
+        ("total * alpha, out * alpha", "total, out"),
+        ("nth < count", "nth <= count"),
+        ("lax.min(nth, count - 1)", "nth"),
+        ("< SEGMENT // 2", "< SEGMENT"),
+        ("LEAST, 0.0, 0.0", "-jnp.inf, 0.0, 0.0"),
     ],
 )
 def test_mistakes_in_merge_are_caught(old, new):
-    parts = Parts([5, 97], 64)
+    parts = Parts([1, 5, 97], 64)
     changed = mutant(paged_merge, old, new)
-    assert caught(lambda: parts.merged(changed.merge), parts.assert_exact) == (old != "PARTS = 32")
+    assert caught(lambda: parts.merged(changed.merge), parts.assert_exact) == (old != "TOGETHER = 8")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from pallas_kernels.flash_forward_config import ForwardConfig
 # Scores of keys past a sequence's end, which nobody sees, are made of whatever lies there.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 
-SMALL = ForwardConfig(keys=64, warpgroups=2)
+SMALL = ForwardConfig(keys=64, warpgroups=2, stages=2)
+LARGE = ForwardConfig(keys=128, warpgroups=3, stages=2)
 
 
 def steps(sequences, **changes):
@@ -58,7 +59,10 @@ SEQUENCES = [(7, 7), (130, 200), (65, 129), (1, 64), (3, 190), (64, 128)]
         ({}, {}),
         ({"block_size": 8, "N": 1, "K": 1}, {}),
         ({"block_size": 48, "N": 6, "K": 2, "dtype": np.float16}, {"scale": 0.3}),
-        ({"block_size": 128, "N": 2, "K": 1, "H": 128}, {"logits_soft_cap": 3.0, "config": ForwardConfig()}),
+        (
+            {"block_size": 128, "N": 2, "K": 1, "H": 128},
+            {"logits_soft_cap": 3.0, "config": LARGE},
+        ),
         ({"block_size": 256, "N": 2, "K": 2}, {"left": 70}),
         ({"N": 2, "K": 1, "H": 80}, {"left": 0, "logits_soft_cap": 8.0}),
         ({"N": 1, "K": 1, "H": 256}, {"left": 128}),
@@ -103,9 +107,9 @@ def test_a_mixed_step_goes_to_both_kernels():
     step = Step([(1, 5), (1, 300), (7, 7), (70, 200)], rows=5, tokens=90, dtype=ml_dtypes.bfloat16, H=64, N=2, K=1)
     query, cache, batch, key, value = step.arguments()
     cache = write_kv(cache, batch, LAYER, key, value)
-    config = dataclasses.replace(mosaic.paged_decode.default_config(1, 2, 64), blocks=2)
+    config = dataclasses.replace(mosaic.paged_decode_config.default_config(1, 2, 64), blocks=2)
     with pytest.MonkeyPatch.context() as patch:  # 132 thread blocks are many for the interpreter
-        patch.setattr(mosaic.paged_decode, "default_config", lambda *_: config)
+        patch.setattr(mosaic.paged_decode_config, "default_config", lambda *_: config)
         attend = partial(paged_attention, layer=LAYER, implementation="mosaic")
         out = without_races(attend, query, cache, batch)
     assert_sequences_exact(step, out)

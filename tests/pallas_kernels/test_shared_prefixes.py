@@ -13,6 +13,7 @@ from paged_oracle import LAYER, Step, assert_sequences_exact
 
 from pallas_kernels import paged_attention, paged_decode, write_kv
 from pallas_kernels import paged_attention_mosaic as mosaic
+from pallas_kernels.paged_decode_config import default_config
 
 # Names of groups, the tokens that they share, and how many sequences they are. "a" and "b" share as much, of others.
 GROUPS: dict[str, list[tuple[str, int, int]]] = {
@@ -94,7 +95,7 @@ def program(step, *, chosen=None, left=None, logits_soft_cap=None):
     options = mosaic.Options(query.shape[-1] ** -0.5, logits_soft_cap, left)
     K, group = cache.num_kv_heads, query.shape[1] // cache.num_kv_heads
     configs = [
-        dataclasses.replace(paged_decode.default_config(K, queries, cache.head_dim), blocks=2, chunk=128, stages=2)
+        dataclasses.replace(default_config(K, queries, cache.head_dim), blocks=2, chunk=128, stages=2)
         for queries in (group, paged_decode.MAX_COLUMNS // group * group)
     ]
 
