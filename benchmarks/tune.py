@@ -76,7 +76,7 @@ def flash_forward(head_dim: int) -> Row:
 
 
 def paged_decode(head_dim: int) -> Row:
-    rows = candidates(width=(128, 256), chunk=(256, 512, 1024), items=(128,), blocks=(132, 264))
+    rows = candidates(width=(128, 256), whole=(0, 1024), chunk=(256, 512), items=(128,), blocks=(132, 264))
     problems = {}
     for B, length, K in ((64, 1024, 4), (64, 640, 8), (64, 8192, 8), (16, 8192, 4), (1, 8192, 8)):
         problem = Problem(B, 1, length, K=K, H=head_dim)

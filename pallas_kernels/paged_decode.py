@@ -102,8 +102,8 @@ def split(
     members = jnp.ones_like(low) if members is None else members
     first = low // TILE * TILE
     visible = stop - first
-    most = min(config.splits, -(-max_tokens // config.chunk))
-    counts = jnp.clip(-(-visible // config.chunk), 1, most)
+    most = 1 if max_tokens <= config.whole else min(config.splits, -(-max_tokens // config.chunk))
+    counts = jnp.where(visible <= config.whole, 1, jnp.clip(-(-visible // config.chunk), 1, most))
     size = jnp.maximum(-(-visible // (counts * TILE)), 1) * TILE  # alike, so that blocks have alike to do
     if most > 1 or not alone:
         counts = -(-visible // size)

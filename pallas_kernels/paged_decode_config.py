@@ -20,9 +20,11 @@ class DecodeConfig:
     heads: kv heads of an item. Neighbours in memory, so one TMA brings a page's rows of all of them: with 256 columns
       that is 8 KB for a page of 16 tokens, and a block has to issue one in 300 ns to get its 25 GB/s, the 132nd part
       of an H100's bandwidth.
-    chunk: tokens of an item at most, unless a sequence then had more than `splits`. An item writes and reads 4 bytes an
-      output element beside 4 bytes of keys and values a token that each query group shares: 512 tokens keep that at 3 %
-      for 8 queries a kv head.
+    whole: tokens up to which a sequence is one item, for each of its groups of kv heads: what must not be merged is not
+      written and read again, and in a step whose block tables have room for no more tokens there is no merge.
+    chunk: tokens of an item at most in longer sequences, unless one then had more than `splits`. An item writes and
+      reads 4 bytes an output element beside 4 bytes of keys and values a token that each query group shares: 512 tokens
+      keep that at 3 % for 8 queries a kv head.
     splits: items of a sequence and group of kv heads at most; one sequence alone then fills the multiprocessors.
     stages: tiles of keys, and as many of values, in shared memory. By Little's law an H100 needs 3.35 TB/s * 1 us in
       flight, 25 KB a multiprocessor; at 256 columns two tiles of each are 128 KB while a third is being worked on.
@@ -32,6 +34,7 @@ class DecodeConfig:
     heads: int
     splits: int
     stages: int
+    whole: int
     chunk: int
     blocks: int
 
@@ -42,7 +45,7 @@ def default_config(num_kv_heads: int, group: int, head_dim: int) -> DecodeConfig
 
 
 def fitting_config(
-    num_kv_heads: int, group: int, head_dim: int, *, width: int, chunk: int, items: int, blocks: int
+    num_kv_heads: int, group: int, head_dim: int, *, width: int, whole: int, chunk: int, items: int, blocks: int
 ) -> DecodeConfig:
     """As many stages as the shared memory has room for. width: elements of an item's kv heads; items: of a sequence
     over all its kv heads; both at most."""
@@ -53,7 +56,7 @@ def fitting_config(
     others = heads * columns * (2 * row + 2 * TILE + 4 * row) + REDUCTION_BYTES + 2048
     room = SHARED_MEMORY // -(-blocks // MULTIPROCESSORS) - 1024
     stages = min((room - others) // tiles, 6)
-    return DecodeConfig(heads, max(items * heads // num_kv_heads, 4), stages, chunk, blocks)
+    return DecodeConfig(heads, max(items * heads // num_kv_heads, 4), stages, whole, chunk, blocks)
 
 
 def padded_columns(queries: int) -> int:

@@ -17,7 +17,7 @@ from pallas_kernels import paged_attention, paged_decode, paged_decode_config, p
 from pallas_kernels import paged_attention_mosaic as mosaic
 
 # Of few blocks, each works off several items; of small chunks, many sequences have several parts.
-SMALL = {"blocks": 2, "chunk": 128}
+SMALL = {"blocks": 2, "chunk": 128, "whole": 0}
 
 
 def decodes(contexts, **changes):
@@ -93,7 +93,7 @@ def test_a_decodes_bits_do_not_depend_on_the_batch():
 def test_sequences_of_one_part_need_no_merge(monkeypatch, changes, options):
     """Where none can be longer; their bits are those that they have beside longer ones, and who has none gets zeros."""
     step = decodes(CONTEXTS, **changes)
-    attend, query, cache, batch = program(step, config=small_config(step, chunk=384), **options)
+    attend, query, cache, batch = program(step, config=small_config(step, whole=384), **options)
     wide = dataclasses.replace(batch, block_tables=jnp.pad(batch.block_tables, ((0, 0), (0, 16))))
     merged = without_races(attend, query, cache, wide)
     monkeypatch.setattr(paged_merge, "merge", None)
@@ -104,7 +104,7 @@ def test_sequences_of_one_part_need_no_merge(monkeypatch, changes, options):
 
 
 def test_how_a_sequence_is_cut_depends_on_its_length_alone():
-    config = paged_decode_config.DecodeConfig(heads=2, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=2, splits=8, stages=3, whole=0, chunk=512, blocks=132)
     lengths = np.array([0, 1, 512, 513, 4096, 4097, 9000, 0, 65536], np.int32)
 
     def parts(lengths):
@@ -124,8 +124,19 @@ def test_how_a_sequence_is_cut_depends_on_its_length_alone():
     assert [len(mine) for mine in together] == [0, 1, 1, 2, 8, 8, 8, 0, 8]
 
 
+def test_short_sequences_are_whole():
+    config = paged_decode_config.DecodeConfig(heads=2, splits=8, stages=3, whole=1024, chunk=512, blocks=132)
+
+    def parts(lengths, max_tokens):
+        lengths = jnp.array(lengths, jnp.int32)
+        return np.asarray(paged_decode.split(jnp.zeros_like(lengths), lengths, max_tokens, config).runs)[:, 1].tolist()
+
+    assert parts([0, 1, 1024, 1025, 4096], 65536) == [0, 1, 1, 3, 8]
+    assert parts([0, 1, 1024], 1024) == [1, 1, 1]
+
+
 def test_windows_skip_the_blocks_outside():
-    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, whole=0, chunk=512, blocks=132)
     items = paged_decode.split(jnp.array([3999, 0], jnp.int32), jnp.array([5000, 100], jnp.int32), 8192, config)
     assert np.asarray(items.fields)[:4, :4].tolist() == [
         [0, 3968, 4352, 3999],
@@ -136,7 +147,7 @@ def test_windows_skip_the_blocks_outside():
 
 
 def test_a_shared_item_leaves_a_part_for_each_of_its_sequences():
-    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, chunk=512, blocks=132)
+    config = paged_decode_config.DecodeConfig(heads=1, splits=8, stages=3, whole=0, chunk=512, blocks=132)
     low, prefix, place, members = (
         jnp.array(x, jnp.int32) for x in ([0] * 5, [640, 640, 640, 0, 64], [0, 1, 0, 0, 0], [2, 1, 1, 1, 1])
     )
