@@ -1,20 +1,16 @@
 """The gradients of flash attention on Hopper GPUs: FlashAttention's backward pass (arXiv 2205.14135, algorithm 4).
 
-With S, P, dP and dS as in the paper, dQ = dS K, dK = dS^T Q and dV = P^T dO. One kernel, launched for the keys and for
-the queries, computes them: a block owns tiles of one side, holds their gradients in registers, and steps through the
-tiles of the other side. Owning keys it works on S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T, like dS in the
-other launch, are left operands straight from registers. Scores are computed twice this way, but nothing is added up in
-memory: the same input gives the same bits.
+With S, P, dP and dS as in the paper, dQ = dS K, dK = dS^T Q and dV = P^T dO. A block owns tiles of one side, the keys
+or the queries, holds their gradients in registers, and steps through the tiles of the other side. Fused
+(`mosaic_fused_backward`), blocks that own keys also add up dQ in memory. Where registers do not suffice for that, the
+kernel is launched for the keys and for the queries, and scores are computed twice. Both ways the same input gives the
+same bits.
 
-One warpgroup loads by TMA, two or three compute. Probabilities are powers of two, of logits in base 2.
+One warpgroup loads by TMA, two or three compute.
 """
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from . import dropout
 from .attention_spec import AttentionOperands, AttentionSpec
 from .devices import interpreted
+from .flash_backward_config import BackwardConfig, default_config
+from .mosaic_backward_scores import Block, Launch
 from .mosaic_common import (
     LOG2E,
     PANEL,
@@ -41,63 +38,12 @@ from .mosaic_common import (
     padded,
     slot,
     store_tile,
-    tile_memory,
     tile_views,
 )
+from .mosaic_fused_backward import FusedBlock
+from .mosaic_fused_backward import memory as fused_memory
 from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
 from .tiles import transposed
-
-L2_BYTES = 24 * 2**20  # of the 50 MiB that H100 and H200 have; outputs and other tensors take the rest
-
-Gradient = Literal["dq", "dk", "dv"]
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots.
-
-    overlaps: dP is computed under the exponentials of S, and takes registers beside them.
-    """
-
-    own: int = 64
-    step: int = 64
-    warpgroups: int = 2
-    stages: int = 2
-    overlaps: bool = True
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that computes and of one that loads; all threads together have 65,536."""
-        return (240, 24) if self.warpgroups < 3 else (160, 32)
-
-
-@dataclass(frozen=True)
-class BackwardConfig:
-    """The launches: which gradients each computes, and its tiles."""
-
-    launches: tuple[tuple[tuple[Gradient, ...], TileConfig], ...]
-
-
-def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> BackwardConfig:
-    """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
-
-    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
-    together do, do not fit: there dK and dV are launches of their own.
-    """
-    tiles = TileConfig()
-    crowded = spec.soft_cap is not None or (spec.dropout_rate > 0.0 and operands.query_segments is not None)
-    if head_dim <= 64 or (head_dim <= 128 and not crowded):
-        return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
-    if head_dim <= 192:
-        return BackwardConfig(((("dk",), tiles), (("dv",), tiles), (("dq",), tiles)))
-    # Here ptxas is at its limit, and a register more or less decides: these are what gave none away to memory.
-    segmented, dropping = operands.query_segments is not None, spec.dropout_rate > 0.0
-    crowded = segmented or dropping or spec.soft_cap is not None or spec.lower is not None
-    dk = TileConfig(
-        stages=1, warpgroups=1 if crowded and not segmented else 2, overlaps=spec.upper is not None and not crowded
-    )
-    dq = TileConfig(stages=1, warpgroups=1 if dropping else 2, overlaps=not crowded)
-    return BackwardConfig(((("dk",), dk), (("dv",), tiles), (("dq",), dq)))
 
 
 def backward(
@@ -134,77 +80,8 @@ def backward(
     return dq, dk, dv, None
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """One launch of the kernel. The side it owns and the side it steps through follow from the gradients wanted."""
-
-    wanted: tuple[Gradient, ...]
-    tiles: TileConfig
-    spec: AttentionSpec
-    visits: Visits
-    group: int  # query heads a kv head
-    heads: int  # of the side that a block owns
-    panels: int
-    dtype: jnp.dtype
-
-    @property
-    def owns_keys(self) -> bool:
-        return "dq" not in self.wanted
-
-    @property
-    def row_axis(self) -> int:
-        """The axis of a tile of scores along which the queries run; axis 0 is the side owned."""
-        return 1 if self.owns_keys else 0
-
-    @property
-    def sums_ds(self) -> bool:
-        """Whether dS times the stepped keys or queries is wanted: dQ or dK."""
-        return self.wanted != ("dv",)
-
-    @property
-    def sums_p(self) -> bool:
-        """Whether P^T times dO is wanted: dV."""
-        return "dv" in self.wanted
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tiles.own, self.tiles.step
-
-    def memory(self) -> dict[str, Any]:
-        """The shared memory of a block."""
-        warpgroups, stages = self.tiles.warpgroups, self.tiles.stages
-        own = tile_memory(warpgroups, self.panels, self.tiles.own, PANEL, dtype=self.dtype)
-        step = tile_memory(stages, self.panels, self.tiles.step, PANEL, dtype=self.dtype)
-        copies = 2 * self.panels
-        memory = {"own0": own, "step0": step, "step1": step}
-        if self.sums_ds:
-            memory["own1"] = own
-        if self.owns_keys:
-            copies += 1
-            memory["rows"] = plgpu.SMEM((stages, 2, self.tiles.step), jnp.float32)
-            if self.spec.dropout_rate > 0.0:
-                copies += 1
-                memory["row_keys"] = plgpu.SMEM((stages, 2, self.tiles.step), jnp.uint32)
-        memory["own_full"] = plgpu.Barrier(num_arrivals=self.panels * (1 + self.sums_ds), num_barriers=warpgroups)
-        memory["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-        memory["free"] = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
-        if interpreted():
-            memory["staging"] = plgpu.SMEM((warpgroups, *self.shape), self.dtype)
-        return memory
-
-
-class _Block:
-    """What one block of a launch does, in the kernel. `refs` are the inputs and outputs, `memory` its shared memory."""
-
-    def __init__(self, launch: _Launch, members: int, refs: dict[str, Any], memory: dict[str, Any]):
-        self.launch, self.tiles, self.refs, self.memory = launch, launch.tiles, refs, memory
-        pair = lax.axis_index("section") * members + lax.axis_index("member")
-        self.b, self.own_head = lax.div(pair, jnp.int32(launch.heads)), lax.rem(pair, jnp.int32(launch.heads))
-        block = lax.axis_index("block")
-        self.block = launch.visits.blocks - 1 - block if launch.visits.longest_last else block
-        self.warpgroup = lax.axis_index("warpgroup")
-        self.own_start = (self.block * self.tiles.warpgroups + self.warpgroup) * self.tiles.own
-        self.own_rows = pl.ds(self.own_start, self.tiles.own)
+class _SplitBlock(Block):
+    """A block of a launch that computes some of the gradients, those of the side that it owns."""
 
     def each_head(self, body: Callable[[RangedVisits | ListedVisits, Scalar, Scalar], None]) -> Scalar:
         """Runs body(visits, query head, steps done before) for the block's query heads; returns the steps of all."""
@@ -311,7 +188,7 @@ class _Block:
         for product, a, b in zip(products, own, step, strict=False):
             multiply_transposed(product, a, b)
         logits = plgpu.wgmma_accumulator_load(products[0], wait_n=launch.panels * (len(products) - 1))
-        p, weight = self.weights(logits, tile, partial, row_values)
+        p, weight = self.weights(logits, tile * self.tiles.step, partial, row_values)
         if launch.sums_p:
             multiply(accumulators[-launch.panels :], self.kept(p).astype(launch.dtype), step[1], staging)
         if launch.sums_ds:
@@ -344,86 +221,12 @@ class _Block:
             if name in self.refs
         }
 
-    def positions(self, axis: int) -> jax.Array:
-        """0, 1, ... along an axis of the tile."""
-        return plgpu.broadcasted_iota(jnp.int32, (self.launch.shape[axis],), 0, layout=WGMMA.reduce(1 - axis))
-
-    def weights(self, product: jax.Array, tile: Scalar, partial: Scalar, row_values: Callable) -> tuple:
-        """From Q K^T: P, and dS / scale as a factor of dP - delta.
-
-        With dropout both are negative where the entry is dropped: the sign holds the bit that a register would.
-        """
-        launch, spec = self.launch, self.launch.spec
-        if spec.soft_cap is None:
-            capped = None
-            logits = product * (spec.scale * LOG2E)
-        else:
-            capped = jnp.tanh(product * (spec.scale / spec.soft_cap))
-            logits = capped * (spec.soft_cap * LOG2E)
-        p = jnp.exp2(logits - broadcast(row_values("rows", 0), launch.shape, launch.row_axis))
-        if spec.dropout_rate > 0.0:
-            p = jnp.where(self.kept_entries(tile, row_values), p, -p)
-        if launch.visits.masks_entries and partial is not False:
-            p = lax.cond(partial, lambda: jnp.where(self.visible(tile), p, 0.0), lambda: p)
-        return p, p if capped is None else p * (1.0 - capped * capped)
-
-    def kept_entries(self, tile: Scalar, row_values: Callable) -> jax.Array:
-        """Which entries dropout keeps."""
-        launch = self.launch
-        key1, key2 = (broadcast(row_values("row_keys", i), launch.shape, launch.row_axis) for i in range(2))
-        start = self.own_start if launch.owns_keys else tile * self.tiles.step
-        key = (self.positions(1 - launch.row_axis) + start).astype(jnp.uint32)
-        return dropout.keep(key1, key2, broadcast(key, launch.shape, 1 - launch.row_axis), launch.spec.dropout_rate)
-
-    def kept(self, p: jax.Array) -> jax.Array:
-        """P without what dropout drops."""
-        return p if self.launch.spec.dropout_rate == 0.0 else jnp.maximum(p, 0.0)
-
-    def logit_gradient(self, weight: jax.Array, dp: jax.Array, delta: jax.Array) -> jax.Array:
-        """dS / scale = P (dP - delta), where dropout cuts and scales dP alone."""
-        delta = broadcast(delta, self.launch.shape, self.launch.row_axis)
-        rate = self.launch.spec.dropout_rate
-        if rate == 0.0:
-            return weight * (dp - delta)
-        return jnp.maximum(weight, 0.0) * (dp * (1.0 / (1.0 - rate))) - jnp.abs(weight) * delta
-
-    def visible(self, tile: Scalar) -> jax.Array:
-        """Which entries of a tile the masks show."""
-        launch, shape = self.launch, self.launch.shape
-        step_start = tile * self.tiles.step
-        lower, upper = launch.visits.band
-        # A thread holds two positions of axis 0, which take all offsets, and sixteen or more of axis 1: those are made
-        # anew here, else they take up registers throughout. And only where they are used: Mosaic finds no layout for
-        # a vector that is not.
-        own = functools.cache(lambda: self.positions(0) + (self.own_start - step_start))
-        step = functools.cache(lambda: broadcast(lax.optimization_barrier(self.positions(1)), shape, 1))
-        checks = []
-        if upper is not None:
-            checks.append(step() <= broadcast(own() + upper, shape, 0))
-        if lower is not None:
-            checks.append(step() >= broadcast(own() + lower, shape, 0))
-        if launch.visits.mask_tail:
-            end = self.refs["key_lengths"][self.b] if "key_lengths" in self.refs else launch.visits.step.length
-            checks.append(step() < end - step_start)
-        if "own_segments" in self.refs:
-            places = (self.own_rows, pl.ds(step_start, self.tiles.step))
-            own_segments, step_segments = (
-                broadcast(
-                    plgpu.load(self.refs[name].at[self.b, place], layout=WGMMA.reduce(1 - axis), optimized=False),
-                    shape,
-                    axis,
-                )
-                for axis, (name, place) in enumerate(zip(("own_segments", "step_segments"), places, strict=True))
-            )
-            checks.append(own_segments == step_segments)
-        return functools.reduce(operator.and_, checks)
-
 
 def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> list[jax.Array]:
     """Launches the kernel for the gradients wanted."""
     B, T, N, H = query.shape
     K = key.shape[2]
-    owns_keys = "dq" not in wanted
+    owns_keys = wanted != ("dq",)
     queries = (T, operands.query_lengths, operands.query_segments)
     keys = (key.shape[1], operands.key_lengths, operands.key_segments)
     own = Side(tiles.own, *(keys if owns_keys else queries))
@@ -431,7 +234,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     band = (spec.lower, spec.upper)
     kept = kept_tiles(operands.block_mask, own, step, transpose=owns_keys)
     visits = Visits(own, step, tiles.warpgroups, transposed(*band) if owns_keys else band, not owns_keys, kept)
-    launch = _Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)
+    launch = Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)
 
     own_arrays, step_arrays = ((key, value), (query, dout)) if owns_keys else ((query, dout), (key, value))
     own_padding = visits.blocks * tiles.warpgroups * tiles.own - own.length
@@ -449,30 +252,54 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
         inputs["own_segments"] = padded(own.segments, own_padding, 0)
         inputs["step_segments"] = padded(step.segments, step_padding, 0)
     tables = visits.tables()
+    turns = visits.turns() if launch.fused and not interpreted() else ()
     stepped_bytes = 2 * math.prod(step_arrays[0].shape) * query.dtype.itemsize
-    members = _members(B * launch.heads, stepped_bytes // (B * launch.heads))
+    stepped_bytes *= 1 + launch.fused  # dQ in float32 is as large as Q and dO
+    members = _members(B * launch.heads, stepped_bytes // (B * launch.heads), tiles.l2_bytes)
+    outputs = {name: jax.ShapeDtypeStruct(own_arrays[0].shape, query.dtype) for name in wanted}
+    turns = ()
+    if launch.fused:
+        # Interpreted, where nothing adds to memory, dQ has a summand of each block.
+        summands = (visits.blocks,) * interpreted()
+        outputs["dq"] = jax.ShapeDtypeStruct((*summands, B, step.tiles * step.tile, N, H), jnp.float32)
+        turns = visits.turns()
 
     def kernel(*refs):
         *refs, memory = refs
-        named = dict(zip((*inputs, *wanted), refs[: len(inputs)] + refs[len(refs) - len(wanted) :], strict=True))
-        named["tables"] = tuple(refs[len(inputs) : len(inputs) + len(tables)])
-        block = _Block(launch, members, named, memory)
+        named = dict(zip((*inputs, *outputs), refs[: len(inputs)] + refs[len(refs) - len(outputs) :], strict=True))
+        after = len(inputs) + len(tables)
+        named["tables"], named["turns"] = tuple(refs[len(inputs) : after]), tuple(refs[after : after + len(turns)])
+        if launch.fused and not interpreted():
+            named["added"] = pl.get_global(plgpu.SemaphoreType.REGULAR((B, N, step.tiles)))
+        block = (FusedBlock if launch.fused else _SplitBlock)(launch, members, named, memory)
         pl.when(block.warpgroup == tiles.warpgroups)(block.load)
         pl.when(block.warpgroup < tiles.warpgroups)(block.compute)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(own_arrays[0].shape, query.dtype)] * len(wanted),
+        out_type=list(outputs.values()),
         grid=(members, visits.blocks, B * launch.heads // members),
         grid_names=("member", "block", "section"),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=[launch.memory()],
+        scratch_types=[fused_memory(launch) if launch.fused else launch.memory()],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="_".join(("flash_backward", *wanted)),
-    )(*inputs.values(), *tables)
+    )(*inputs.values(), *tables, *turns)
+    if launch.fused:
+        results[wanted.index("dq")] = _finished(results[wanted.index("dq")], visits, T, spec.scale, query.dtype)
+    return results
 
 
-def _members(pairs: int, bytes_each: int) -> int:
+def _finished(
+    dq: Float[Array, "*blocks B rows N H"], visits: Visits, T: int, scale: float, dtype: jnp.dtype
+) -> Float[Array, "B T N H"]:
+    """dQ from what the blocks have added up; zeros in the tiles that none of them visits, which are unwritten."""
+    visited = jnp.repeat(visits.visited(), visits.step.tile, 2)[..., None, None]
+    dq = jnp.where(visited.swapaxes(0, 1), dq, 0.0).sum(0) if interpreted() else jnp.where(visited.any(1), dq, 0.0)
+    return (dq[:, :T] * scale).astype(dtype)
+
+
+def _members(pairs: int, bytes_each: int, l2_bytes: int) -> int:
     """How many (sequence, head) pairs run side by side, a divisor of all: what they step through fits in L2."""
-    return max(d for d in range(1, pairs + 1) if pairs % d == 0 and (d == 1 or d * bytes_each <= L2_BYTES))
+    return max(d for d in range(1, pairs + 1) if pairs % d == 0 and (d == 1 or d * bytes_each <= l2_bytes))

@@ -146,6 +146,8 @@ def kernel_loops(problem: Problem, *, forward: bool = True, backward: bool = Tru
         own = tiles.own * tiles.warpgroups
         if wanted == ("dq",):  # Q, dO, dQ, log-sum-exp and delta; K, V
             loops.append(Loop(True, own, tiles.step, own_tensors=3, step_tensors=2, matmuls=3, own_vectors=2))
+        elif len(wanted) == 3:  # K, V, dK, dV; Q, dO, log-sum-exp, delta, and dQ in float32 read and written
+            loops.append(Loop(False, own, tiles.step, 4, step_tensors=6, matmuls=5, step_vectors=2, shares_group=True))
         else:  # K, for dK also V, and the gradients; Q, dO, log-sum-exp and delta
             count = 1 + ("dk" in wanted) + len(wanted)
             loops.append(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int32
 
 from .block_mask import BlockMask
 from .mosaic_common import Ref, Scalar
-from .tiles import TileRange, segment_tiles, tile_range
+from .tiles import TileRange, segment_tiles, tile_range, transposed
 
 Band = tuple[int | None, int | None]
 
@@ -87,8 +87,8 @@ class Visits:
         if all(side.lengths is None and side.segments is None for side in sides):
             return ()
         per_own = jnp.stack(self._ranges(1), -1)
-        per_block = self._ranges(self.warpgroups)
-        return per_own, jnp.stack((per_block.start, per_block.stop), -1)
+        per_block = jnp.stack(self._ranges(self.warpgroups), -1)
+        return per_own, per_block
 
     def _ranges(self, tiles: int) -> TileRange:
         """The ranges, int32 [B|1, n], of runs of so many tiles of `own`."""
@@ -142,6 +142,29 @@ class Visits:
         counts = jnp.stack((whole.sum(-1, dtype=jnp.int32), (bits > 0).sum(-1, dtype=jnp.int32)), -1)
         return entries, counts
 
+    def visited(self) -> Bool[Array, "#B blocks step"]:
+        """Which tiles each block visits. Not with `kept`."""
+        blocks = self._ranges(self.warpgroups)
+        tile = jnp.arange(self.step.tiles, dtype=jnp.int32)[None, None]
+        return (tile >= blocks.start[..., None]) & (tile < blocks.stop[..., None])
+
+    def turns(self) -> tuple[Int32[Array, "#B blocks step"], ...]:
+        """What `turn` reads: how many blocks before each visit each tile; nothing where arithmetic does."""
+        if not self.tables():
+            return ()
+        visited = self.visited().astype(jnp.int32)
+        return (jnp.cumsum(visited, 1, dtype=jnp.int32) - visited,)
+
+    def turn(self, turns: tuple[Ref, ...], b: Scalar, block: Scalar, tile: Scalar) -> Scalar:
+        """How many blocks before this one visit the tile, inside the kernel. Not with `kept`."""
+        if turns:
+            return turns[0][_pick(turns[0], 0, b), block, tile]
+        lower, _ = transposed(*self.band)
+        if lower is None:
+            return block
+        first = lax.max(tile * self.step.tile + lower, jnp.int32(0))
+        return block - lax.div(first, jnp.int32(self.own.tile * self.warpgroups))
+
     def of_block(
         self, tables: tuple[Ref, ...], b: Scalar, head: Scalar, block: Scalar
     ) -> "RangedVisits | ListedVisits":
@@ -159,10 +182,10 @@ class RangedVisits:
         self._visits, self._tables, self._b, self._block = visits, tables, b, block
         if tables:
             per_block = tables[1]
-            self._start, self._stop = (per_block[_pick(per_block, 0, b), block, i] for i in range(2))
+            whole = TileRange(*(per_block[_pick(per_block, 0, b), block, i] for i in range(4)))
         else:
             whole = self._of_rows(block * (visits.own.tile * visits.warpgroups), visits.own.tile * visits.warpgroups)
-            self._start, self._stop = whole.start, whole.stop
+        self._start, self._full_start, self._full_stop, self._stop = whole
         self.count = self._stop - self._start
 
     def tile(self, index: Scalar) -> Scalar:
@@ -173,12 +196,7 @@ class RangedVisits:
         """Runs step(index, tile, whether some entries are hidden) for the tiles that the warpgroup sees, and
         idle(index) for the others."""
         visits = self._visits
-        tile = self._block * visits.warpgroups + warpgroup
-        if self._tables:
-            per_own = self._tables[0]
-            own = TileRange(*(per_own[_pick(per_own, 0, self._b), tile, i] for i in range(4)))
-        else:
-            own = self._of_rows(tile * visits.own.tile, visits.own.tile)
+        own = self._of_warpgroup(warpgroup)
         start, full_start, full_stop, stop = (_clip(bound, self._start, self._stop) for bound in own)
 
         def skipped(tile):
@@ -193,6 +211,21 @@ class RangedVisits:
         pl.loop(start if visits.partial_before else self._start, stop if visits.partial_after else self._stop)(seen)
         if visits.partial_after:
             pl.loop(stop, self._stop)(skipped)
+
+    def runs_from_last(self, hides: Scalar) -> tuple[Scalar, Scalar]:
+        """Where the tiles, counted from the last, begin to be whole and where that ends. hides: none is whole."""
+        full_start, full_stop = self._full_start, self._full_stop
+        if hides is not False:
+            full_start, full_stop = (jnp.where(hides, self._stop, bound) for bound in (full_start, full_stop))
+        return self._stop - full_stop, self._stop - full_start
+
+    def _of_warpgroup(self, warpgroup: Scalar) -> TileRange:
+        visits = self._visits
+        tile = self._block * visits.warpgroups + warpgroup
+        if self._tables:
+            per_own = self._tables[0]
+            return TileRange(*(per_own[_pick(per_own, 0, self._b), tile, i] for i in range(4)))
+        return self._of_rows(tile * visits.own.tile, visits.own.tile)
 
     def _of_rows(self, first: Scalar, rows: int) -> TileRange:
         step = self._visits.step

@@ -53,7 +53,7 @@ def test_a_long_sequence_fits():
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
     assert memory.temp_size_in_bytes < arrays
     assert arrays + memory.temp_size_in_bytes < GPUS["h100"].memory
-    assert report.faults() == []
+    assert report.faults(pending=4) == []  # dV and dK, where dS is handed over
 
 
 def test_the_same_function_gives_the_same_code():
@@ -63,7 +63,7 @@ def test_the_same_function_gives_the_same_code():
         jax.clear_caches()
         report = aot.compile(gradients(attention), *[array(1, 500, 2, 64)] * 3)
         texts.append([kernel.sass.text for kernel in report.kernels])
-    assert len(texts[0]) == 3
+    assert len(texts[0]) == 2
     assert texts[0] == texts[1]
 
 

@@ -10,7 +10,9 @@ from flash_mosaic_cases import CASES, operands_of, spec_of
 from mosaic_interpreter import interpreted, mutant, without_races
 
 from pallas_kernels import flash_attention_mosaic_backward as mosaic
-from pallas_kernels.flash_attention_mosaic_backward import BackwardConfig, TileConfig
+from pallas_kernels import mosaic_backward_scores as scores
+from pallas_kernels import mosaic_fused_backward as fused
+from pallas_kernels.flash_backward_config import ALL, BackwardConfig, TileConfig
 
 
 def problem(case, dtype: Any = BFLOAT16):
@@ -60,8 +62,9 @@ def test_float16():
     [
         BackwardConfig(((("dk",), TileConfig()), (("dv",), TileConfig(warpgroups=1)), (("dq",), TileConfig(stages=1)))),
         BackwardConfig(((("dk", "dv"), TileConfig(warpgroups=3)), (("dq",), TileConfig(step=128)))),
+        BackwardConfig(((ALL, TileConfig(step=128, stages=3)),)),
     ],
-    ids=["a launch each", "larger tiles"],
+    ids=["a launch each", "larger tiles", "fused"],
 )
 def test_any_tiles_give_the_formulas(config):
     case = Case(200, 330, N=2, K=1, options={"is_causal": True, "query_offset": 130})
@@ -69,25 +72,51 @@ def test_any_tiles_give_the_formulas(config):
     assert_exact(case, run(case, arguments, config), arrays, arguments[-1], d_residual)
 
 
+SPLIT = BackwardConfig(((("dk", "dv"), TileConfig()), (("dq",), TileConfig())))
 MUTANTS = {
     "no mistake": None,
     "tiles not waited for": ('plgpu.barrier_wait(memory["full"].at[at])', "pass"),
     "a slot filled before it is free": ('plgpu.barrier_wait(memory["free"].at[at])', "None"),
     "slots not drained": ("drain(self.each_head(load_head), self", "(lambda *_: None)(self.each_head(load_head), self"),
     "the gradients not waited for": ("plgpu.wait_smem_to_gmem(0)", "pass"),
-    "delta left out": ("return weight * (dp - delta)", "return weight * dp"),
 }
+FUSED_MUTANTS = {
+    "no mistake": None,
+    "tiles not waited for": ('plgpu.barrier_wait(memory["full"].at[at])', "pass"),
+    "a slot filled before it is free": ('plgpu.barrier_wait(memory["free"].at[slot(number, stages)])', "pass"),
+    "dS of the others not waited for": ("plgpu.barrier_wait(self.ds_full)", "pass"),
+    "dQ overwritten before it is added": ("plgpu.barrier_wait(self.dq_free)\n        memory", "memory"),
+    "dQ added before it is there": ('plgpu.barrier_wait(memory["dq_full"])', "pass"),
+}
+
+
+def is_caught(module, config):
+    case = Case(330, 70, N=1, K=1, H=64)
+    arrays, arguments, d_residual = problem(case)
+    try:
+        found, raced = run(case, arguments, config, module=module, runner=interpreted)
+        assert_exact(case, found, arrays, arguments[-1], d_residual)
+    except Exception:
+        return True
+    return raced
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_are_caught(name):
-    case = Case(330, 70, N=1, K=1, H=64)
-    arrays, arguments, d_residual = problem(case)
     mistake = MUTANTS[name]
     module = mosaic if mistake is None else mutant(mosaic, *mistake)
-    try:
-        found, caught = run(case, arguments, module=module, runner=interpreted)
-        assert_exact(case, found, arrays, arguments[-1], d_residual)
-    except Exception:
-        caught = True
-    assert caught == (mistake is not None)
+    assert is_caught(module, SPLIT) == (mistake is not None)
+
+
+@pytest.mark.parametrize("name", FUSED_MUTANTS)
+def test_mistakes_in_the_fused_kernel_are_caught(name, monkeypatch):
+    mistake = FUSED_MUTANTS[name]
+    if mistake is not None:
+        monkeypatch.setattr(mosaic, "FusedBlock", mutant(fused, *mistake).FusedBlock)
+    assert is_caught(mosaic, None) == (mistake is not None)
+
+
+def test_delta_left_out_is_caught(monkeypatch):
+    changed = mutant(scores, "return weight * (dp - delta)", "return weight * dp")
+    monkeypatch.setattr(fused.FusedBlock, "logit_gradient", changed.Block.logit_gradient)
+    assert is_caught(mosaic, None)

@@ -1,0 +1,71 @@
+"""Launches and tile sizes of the Hopper backward kernels, by head dim and by what their inner loop has to do.
+
+A block owns a tile of keys, or of queries, for each computing warpgroup, and steps through tiles of the other side.
+Fused, one launch owns keys and computes all three gradients: five matmuls a tile. Where its registers do not suffice,
+dK and dV, or each of them, and dQ are launches of their own: seven matmuls or eight.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .attention_spec import AttentionOperands, AttentionSpec
+
+Gradient = Literal["dq", "dk", "dv"]
+ALL: tuple[Gradient, ...] = ("dk", "dv", "dq")  # fused
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots.
+
+    overlaps: dP is computed under the exponentials of S, and takes registers beside them; always where fused.
+    l2_bytes: what the heads that run side by side step through, of the 50 MiB of cache that H100 and H200 have.
+    """
+
+    own: int = 64
+    step: int = 64
+    warpgroups: int = 2
+    stages: int = 2
+    overlaps: bool = True
+    l2_bytes: int = 24 * 2**20
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that computes and of one that loads; all threads together have 65,536."""
+        return (240, 24) if self.warpgroups < 3 else (160, 32)
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """The launches: which gradients each computes, and its tiles."""
+
+    launches: tuple[tuple[tuple[Gradient, ...], TileConfig], ...]
+
+
+def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> BackwardConfig:
+    """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
+
+    Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128.
+    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
+    together do, do not fit: there dK and dV are launches of their own.
+    """
+    tiles = TileConfig()
+    capped, segmented = spec.soft_cap is not None, operands.query_segments is not None
+    dropping = spec.dropout_rate > 0.0
+    if operands.block_mask is None:  # whose lists of tiles do not say whose turn it is
+        if head_dim <= 64 and not (capped and segmented and dropping):
+            return BackwardConfig(((ALL, TileConfig(step=128)),))
+        if 64 < head_dim <= 128 and not (capped or segmented):
+            return BackwardConfig(((ALL, TileConfig(l2_bytes=48 * 2**20)),))
+    if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
+        return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
+    if head_dim <= 192:
+        return BackwardConfig(((("dk",), tiles), (("dv",), tiles), (("dq",), tiles)))
+    # Here ptxas is at its limit, and a register more or less decides: these are what gave none away to memory.
+    windowed = spec.lower is not None
+    crowded = segmented or dropping or capped or windowed
+    dk = TileConfig(
+        stages=1, warpgroups=1 if crowded and not segmented else 2, overlaps=spec.upper is not None and not crowded
+    )
+    dq = TileConfig(stages=1, warpgroups=1 if dropping else 2, overlaps=not (dropping or capped or windowed))
+    return BackwardConfig(((("dk",), dk), (("dv",), tiles), (("dq",), dq)))
