@@ -170,7 +170,8 @@ class Runner:
     def start(self, output: SchedulerOutput, num_unfinished: int = 1) -> StepInFlight:
         """Gives the device a step, after those it was given before. If it raises, see `reset`.
 
-        Where the step has to be compiled, so are the decodes of as many sequences as are unfinished, beside it.
+        Where the step has to be compiled for a CPU, so are the decodes of as many sequences as are unfinished, beside it.
+        For a GPU they are not: its compiler times the kernels it chooses from, and needs the device to itself.
         """
         self._builder.update_rows(output)
         self._count_said(output)
@@ -179,10 +180,11 @@ class Runner:
             return StepInFlight(output, None, [])
         step = self._builder.build(output)
         if step.shape not in self._programs:
-            shapes = dict.fromkeys((step.shape, self._builder.decode_shape(num_unfinished)))
-            self._programs.compile(
-                {shape: self._model_program(shape) for shape in shapes if shape not in self._programs}
-            )
+            shapes = [step.shape]
+            if jax.default_backend() == "cpu":
+                shapes.append(self._builder.decode_shape(num_unfinished))
+            new = [shape for shape in shapes if shape not in self._programs]
+            self._programs.compile({shape: self._model_program(shape) for shape in new})
         hidden, logits, followed = self._run_model(step)
         sampled = self._sample(step, logits, followed)
         if step.next_prompt_tokens is not None:
