@@ -170,8 +170,8 @@ class Runner:
     def start(self, output: SchedulerOutput, num_unfinished: int = 1) -> StepInFlight:
         """Gives the device a step, after those it was given before. If it raises, see `reset`.
 
-        Where the step has to be compiled for a CPU, so are the decodes of as many sequences as are unfinished, beside it.
-        For a GPU they are not: its compiler times the kernels it chooses from, and needs the device to itself.
+        Where the step has to be compiled for a CPU, so are the decodes of as many sequences as are unfinished, beside
+        it. Not so for a GPU: its compiler times the kernels it chooses from, and needs the device to itself.
         """
         self._builder.update_rows(output)
         self._count_said(output)

@@ -95,7 +95,7 @@ def program(step, *, chosen=None, left=None, logits_soft_cap=None):
     options = mosaic.Options(query.shape[-1] ** -0.5, logits_soft_cap, left)
     K, group = cache.num_kv_heads, query.shape[1] // cache.num_kv_heads
     configs = [
-        dataclasses.replace(default_config(K, queries, cache.head_dim), blocks=2, chunk=128, stages=2)
+        dataclasses.replace(default_config(K, queries, cache.head_dim), blocks=2, whole=0, chunk=128, stages=2)
         for queries in (group, paged_decode.MAX_COLUMNS // group * group)
     ]
 
