@@ -84,12 +84,15 @@ def calls_of(attend: Attend, length: int) -> list[Callable[[], Any]]:
 
 
 def seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The median of each; they take turns."""
-    for call in calls:
-        jax.block_until_ready(call())
+    """The median of each; they take turns.
+
+    The first call of a turn is not counted: after a contestant that has just given back gigabytes, it would pay for the
+    pages that the allocator has to fetch anew.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, seen in zip(calls, times, strict=True):
+            jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             seen.append(time.perf_counter() - start)
