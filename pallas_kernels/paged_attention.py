@@ -68,18 +68,21 @@ def paged_attention(
     check_soft_cap("paged_attention", logits_soft_cap)
     check_implementation("paged_attention", implementation)
     window = window_sides("paged_attention", local_window_size)
-    return _backend(query, cache, batch, implementation)(
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return _backend(query, cache, batch, scale, implementation)(
         query,
         cache,
         batch,
         jnp.asarray(layer, jnp.int32),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        scale=scale,
         logits_soft_cap=logits_soft_cap,
         window_left=None if window is None else window[0],
     )
 
 
-def _backend(query: Array, cache: KVCache, batch: PagedBatch, name: Implementation | None) -> Callable[..., Array]:
+def _backend(
+    query: Array, cache: KVCache, batch: PagedBatch, scale: float, name: Implementation | None
+) -> Callable[..., Array]:
     if name == "reference":
         return _reference
     if name == "xla":
@@ -89,7 +92,7 @@ def _backend(query: Array, cache: KVCache, batch: PagedBatch, name: Implementati
         # Imported at first use: only a GPU needs Mosaic, and loading it takes a while.
         from . import paged_attention_mosaic as mosaic
 
-        reason = mosaic.unsupported(query, cache, batch)
+        reason = mosaic.unsupported(query, cache, batch, scale)
         if reason is None:
             return mosaic.paged_attention_mosaic
     if name == "mosaic":

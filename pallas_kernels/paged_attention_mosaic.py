@@ -14,10 +14,12 @@ from .paged_batch import PagedBatch, prefix_groups
 from .paged_decode_config import DecodeConfig
 
 
-def unsupported(query: Array, cache: KVCache, batch: PagedBatch) -> str | None:
+def unsupported(query: Array, cache: KVCache, batch: PagedBatch, scale: float) -> str | None:
     """Why these kernels cannot serve the call, or None."""
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its kernels are for bfloat16 and float16, and the cache is {query.dtype}"
+    if scale <= 0.0:
+        return f"its kernels take positive scales, not {scale}"
     K, H = cache.num_kv_heads, cache.head_dim
     return paged_decode.unsupported(cache.block_size, K, query.shape[1] // K, H)
 

@@ -264,6 +264,17 @@ def test_what_it_cannot_serve_is_said_and_left_to_xla(changes, reason):
         assert_sequences_exact(step, attend())
 
 
+def test_a_scale_that_is_not_positive_is_said_and_left_to_xla():
+    """The kernels look for the largest product before they scale it."""
+    query, cache, batch, key, value = decodes([5, 100]).arguments()
+    attend = partial(paged_attention, query, write_kv(cache, batch, LAYER, key, value), batch, LAYER)
+    with plgpu.force_gpu_interpret_mode():
+        with pytest.raises(NotImplementedError, match=r"its kernels take positive scales, not -0\.5"):
+            attend(scale=-0.5, implementation="mosaic")
+        served = attend(scale=-0.5)
+    np.testing.assert_array_equal(np.asarray(served), np.asarray(attend(scale=-0.5, implementation="xla")))
+
+
 def test_elsewhere_than_on_a_hopper_gpu_xla_serves():
     step = decodes([5, 100])
     query, cache, batch, key, value = step.arguments()
