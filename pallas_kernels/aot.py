@@ -21,10 +21,11 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -109,9 +110,9 @@ class Report:
     text: str = field(repr=False)
     memory: Any
 
-    def faults(self, pending: int = 0) -> list[str]:
-        """Those of all kernels."""
-        return [fault for kernel in self.kernels for fault in kernel.faults(pending)]
+    def faults(self, pending: Mapping[str, int] = MappingProxyType({})) -> list[str]:
+        """Those of all kernels. pending: as `Sass.findings` takes it, of the kernels of these names."""
+        return [fault for kernel in self.kernels for fault in kernel.faults(pending.get(kernel.name, 0))]
 
     def operations(self, opcode: str) -> list[str]:
         """The result type of each HLO operation such as "copy" or "all-reduce", as in "bf16[2,32]{1,0}".

@@ -1,7 +1,8 @@
 """The kernels and shapes that `jpaged compile` compiles: a table, to which a kernel is added by a few lines."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,14 +27,14 @@ class Entry:
     """One program. `build` is called where the GPU's mesh is in force.
 
     flops: of its matmuls. bytes: that device memory must move; None: the arguments and the results, each once.
-    pending: wgmma groups that it keeps in flight where it frees shared memory (`Sass.findings`).
+    pending: wgmma groups that a kernel keeps in flight where it frees shared memory (`Sass.findings`), by its name.
     """
 
     name: str
     build: Callable[[], Program]
     flops: float
     bytes: float | None = None
-    pending: int = 0
+    pending: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def flash_entries(shape: Shape, name: str) -> Iterator[Entry]:
     yield Entry(f"flash-forward {shape.name} {name}", lambda: (forward, (query, key, key, arrays)), flops)
     # Five matmuls (FlashAttention-2, arXiv 2307.08691, section 4.1), where forward has two.
     # Fused, a warpgroup hands dS over while its dV and dK, of two groups for 64 columns, are in flight.
-    yield Entry(f"flash-backward {shape.name} {name}", build_backward, 2.5 * flops, pending=shape.H // 32)
+    pending = {"flash_backward_dk_dv_dq": shape.H // 32}
+    yield Entry(f"flash-backward {shape.name} {name}", build_backward, 2.5 * flops, pending=pending)
 
 
 def _pairs(shape: Shape, options: dict[str, Any]) -> float:

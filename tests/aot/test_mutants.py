@@ -54,9 +54,8 @@ def test_what_is_left_out_is_found_in_each_kernel(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tiles_too_large_are_found(monkeypatch: pytest.MonkeyPatch):
-    config = ForwardConfig(
-        keys=192, warpgroups=3, stages=2
-    )  # 96 registers a thread for the scores, 32 for the output, of 160
+    # 96 registers a thread for the scores, 32 for the output, of 160.
+    config = ForwardConfig(keys=192, warpgroups=3, stages=2)
     monkeypatch.setattr(flash_attention_mosaic, "default_config", lambda *_: config)
     (kernel,) = aot.compile(forward, QUERY).kernels
     assert kernel.spill_stores > 0

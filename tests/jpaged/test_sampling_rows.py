@@ -179,8 +179,10 @@ def test_numbers_that_are_no_int32(rows):
 
 
 def test_a_beam_wants_as_many_candidates_as_could_all_end(rows):
-    occupy(rows, 0, BeamSearchParams(beam_width=3), stop_token_ids=[4, 5])
-    occupy(rows, 1, BeamSearchParams(beam_width=3))
-    assert shape_of(rows, (0, 3)).num_logprobs == shape_of(rows, (1, 3)).num_logprobs == 20
+    """Padded to a power of two where that is more than a sample may ask for."""
+    occupy(rows, 0, BeamSearchParams(beam_width=11), stop_token_ids=[4, 5])
+    occupy(rows, 1, BeamSearchParams(beam_width=11))
+    assert rows._rows["num_logprobs"][:2].tolist() == [33, 22]
+    assert (shape_of(rows, (0, 3)).num_logprobs, shape_of(rows, (1, 3)).num_logprobs) == (64, 32)
     assert lay_out(rows, (0, 3)).temperature[0] == 0
     assert edits(lay_out(rows, (0, 3))) == []

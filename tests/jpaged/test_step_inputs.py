@@ -127,7 +127,9 @@ def test_the_prompt_tokens_that_follow(builder):
     assert [builder.num_prompt_logprobs(sequence) for sequence in output.sequences] == [0, 2]
     for start in (2, 3):
         output = step([(1, 1, start, 1, (9,))], samples=[(1, 1, 0)])
-        assert build(builder, output).next_prompt_tokens is None
+        built = build(builder, output)
+        assert built.shape == StepShape(1, 1, is_decode=True)
+        assert built.next_prompt_tokens is None
         assert builder.num_prompt_logprobs(output.sequences[0]) == 0
 
 
@@ -147,7 +149,8 @@ def test_samples_of_one_prompt(builder):
 def test_many_likeliest_tokens_are_padded_to_a_power_of_two(builder):
     row = new_row(0, BeamSearchParams(beam_width=11))
     built = build(builder, step([(0, 0, 0, 3, (1, 2, 3))], samples=[(0, 0, 2)], new_rows=[row]))
-    assert built.sampling_shape.num_logprobs == 32  # 2 x 11
+    assert built.shape == StepShape(12, 8, is_decode=False)
+    assert built.sampling_shape == SamplingShape(8, False, False, 0, False, False, num_logprobs=32)  # 2 x 11
 
 
 @pytest.mark.parametrize(("sequences", "padded"), [(1, 1), (2, 8), (8, 8), (9, 16), (17, 20), (20, 20)])
