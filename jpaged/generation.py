@@ -92,19 +92,16 @@ def generate(
     )
 
     draws = not (isinstance(temperature, int | float) and temperature == 0)
-    cuts = None  # known only as the program runs
-    if isinstance(top_k, int) and isinstance(top_p, int | float):
-        cuts = top_k > 0 or top_p < 1
+    cuts = draws and (top_k > 0) | (top_p < 1)
 
     def draw(hidden: Array, position: Array) -> tuple[Array, Array]:
         logits = model.logits(hidden)
         keys = jax.vmap(lambda key, position: jax.random.key_data(jax.random.fold_in(key, position)))
         batch = asked(keys(row_keys, position))
-        if cuts is None:
-            cut = partial(sample, cuts=True)
-            tokens = lax.cond((top_k > 0) | (jnp.asarray(top_p) < 1), cut, partial(sample, cuts=False), logits, batch)
-        else:
+        if isinstance(cuts, bool):
             tokens = sample(logits, batch, draws=draws, cuts=cuts)
+        else:  # known only as the program runs
+            tokens = lax.cond(cuts, partial(sample, cuts=True), partial(sample, cuts=False), logits, batch)
         return tokens, logprobs_of(logits, tokens)
 
     def decode(state: "_State") -> "_State":

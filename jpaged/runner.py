@@ -28,8 +28,7 @@ from .sampler import (
     top_logprobs,
 )
 from .sampling_params import MAX_LOGPROBS, SamplingParams
-from .sampling_rows import SamplingInputs, SamplingShape, power_of_two
-from .sampling_rows import pad as pad_to
+from .sampling_rows import SamplingInputs, SamplingShape, pad, power_of_two
 from .scheduler_output import SchedulerOutput
 from .step_inputs import Step, StepBuilder, StepInputs, StepShape
 
@@ -151,11 +150,9 @@ class Runner:
             batch_invariant=batch_invariant,
         )
         self._new_cache = partial(_new_cache, model.config, num_blocks, block_size, self._leaves[0].dtype)
-        self._cache = self._new_cache()
-        self._last_tokens = jnp.zeros(max_num_seqs, jnp.int32)  # what each row sampled last
-        self._host_pool = HostPool(num_host_blocks)
-        self._said: Array | None = None  # [rows, vocab], see `Penalties`; once a request has penalties
+        self._num_host_blocks = num_host_blocks
         self._said_shape = (max_num_seqs, model.config.vocab_size)
+        self._start_empty()
 
     @property
     def num_programs(self) -> int:
@@ -218,11 +215,14 @@ class Runner:
     def reset(self) -> None:
         """Empties cache and host pool after a failure: they were donated to a step that never came back, or written
         by one that failed. The memory goes before the new is taken."""
-        self._said = None
-        del self._cache
+        del self._said, self._cache
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self._said: Array | None = None  # [rows, vocab], see `Penalties`; once a request has penalties
         self._cache = self._new_cache()
-        self._last_tokens = jnp.zeros(self._said_shape[0], jnp.int32)
-        self._host_pool = HostPool(self._host_pool.num_blocks)
+        self._last_tokens = jnp.zeros(self._said_shape[0], jnp.int32)  # what each row sampled last
+        self._host_pool = HostPool(self._num_host_blocks)
 
     def _model_program(self, shape: StepShape) -> Program:
         """See `_run_model`."""
@@ -266,7 +266,7 @@ class Runner:
             self._cache = self._host_pool.load(self._cache, np.array(output.swap_in, np.int32))
         if output.copies:
             pairs = np.array(output.copies, np.int32)
-            pairs = pad_to(pairs, max(MIN_COPIES, power_of_two(len(pairs))), -1)
+            pairs = pad(pairs, max(MIN_COPIES, power_of_two(len(pairs))), -1)
             self._cache = _copy_blocks(self._cache, pairs)
 
     def _count_said(self, output: SchedulerOutput) -> None:

@@ -25,8 +25,6 @@ from .devices import interpreted
 from .flash_attention_mosaic_backward import backward as backward
 from .flash_forward_config import ForwardConfig, default_config
 from .mosaic_common import (
-    LEAST,
-    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -44,6 +42,7 @@ from .mosaic_common import (
     tile_views,
 )
 from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
+from .online_softmax import LEAST, LOG2E
 
 
 def unsupported(query: Array, key: Array, value: Array, operands: AttentionOperands, spec: AttentionSpec) -> str | None:

@@ -24,7 +24,6 @@ from .devices import interpreted
 from .flash_backward_config import BackwardConfig, default_config
 from .mosaic_backward_scores import Block, Launch
 from .mosaic_common import (
-    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -43,6 +42,7 @@ from .mosaic_common import (
 from .mosaic_fused_backward import FusedBlock
 from .mosaic_fused_backward import memory as fused_memory
 from .mosaic_visits import ListedVisits, RangedVisits, Side, Visits, kept_tiles
+from .online_softmax import LOG2E
 from .tiles import transposed
 
 
@@ -252,7 +252,6 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
         inputs["own_segments"] = padded(own.segments, own_padding, 0)
         inputs["step_segments"] = padded(step.segments, step_padding, 0)
     tables = visits.tables()
-    turns = visits.turns() if launch.fused and not interpreted() else ()
     stepped_bytes = 2 * math.prod(step_arrays[0].shape) * query.dtype.itemsize
     stepped_bytes *= 1 + launch.fused  # dQ in float32 is as large as Q and dO
     members = _members(B * launch.heads, stepped_bytes // (B * launch.heads), tiles.l2_bytes)

@@ -5,8 +5,7 @@ For each tile of rows a loop visits the tiles of keys that it sees. Only the sco
 many (sequence, head) pairs at once as make the matmuls large.
 """
 
-import functools
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,11 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .attention_spec import AttentionOperands, AttentionSpec
+from .online_softmax import LEAST, LOG2E
 from .xla_tiling import Tiles, Tiling
 
-# Where the running maximum starts: finite, so that exp(-inf - start) of a row that has seen nothing is 0 and not NaN.
-LEAST = -1e30
-LOG2_E = 1 / np.log(2)
 # 2^x for |x| <= 1/2, highest power first: of the polynomials of this degree that are 1 at 0, the one whose relative
 # error, 2e-9, is least.
 EXP2 = tuple(
@@ -185,10 +182,10 @@ def _exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     By Cody and Waite's reduction: a polynomial for 2 to the fraction, and the whole power of 2 added to the bits of the
     exponent. The error is at most 7e-8, and 1.2e-38 where numbers are subnormal; from -127 log(2) down it is 0.
     """
-    x = jnp.maximum(x * LOG2_E, -127)
+    x = jnp.maximum(x * LOG2E, -127)
     whole = jnp.round(x)
     fraction = x - whole
-    power = functools.reduce(lambda sum, coefficient: sum * fraction + coefficient, EXP2)
+    power = reduce(lambda sum, coefficient: sum * fraction + coefficient, EXP2)
     exponent = lax.shift_left(whole.astype(jnp.int32), jnp.full_like(whole, 23, jnp.int32))
     return lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + exponent, jnp.float32)
 

@@ -21,8 +21,9 @@ from . import dropout
 from .attention_spec import AttentionSpec
 from .devices import interpreted
 from .flash_backward_config import Gradient, TileConfig
-from .mosaic_common import LOG2E, PANEL, WGMMA, Scalar, broadcast, positions, tile_memory
+from .mosaic_common import PANEL, WGMMA, Scalar, broadcast, positions, tile_memory
 from .mosaic_visits import Visits
+from .online_softmax import LOG2E
 
 
 @dataclass(frozen=True)

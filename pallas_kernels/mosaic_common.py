@@ -5,7 +5,6 @@ A tile of rows with H columns lies in shared memory as panels [H / 64, rows, 64]
 the tensor into 8 x 64 pieces.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,6 @@ from jaxtyping import Array, UInt32
 from . import dropout
 from .devices import interpreted
 
-LOG2E = math.log2(math.e)
-# Where a running maximum starts: finite, so that what has seen nothing gives exp2(-inf - start) = 0 and not NaN.
-LEAST = -1e30
 WGMMA = plgpu.Layout.WGMMA
 PANEL = 64
 SWIZZLE: Any = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]

@@ -9,14 +9,13 @@ from jax import lax
 from jaxtyping import Array
 
 from .kv_cache import KVCache
+from .online_softmax import LEAST
 from .paged_batch import PagedBatch, PrefixGroups, prefix_groups
 
 KV_TILE = 128  # tokens; rounded up to whole blocks
 QUERY_TILE = 64  # tokens of a prefill
 DECODE_ITEMS = 8  # (sequence, tile) pairs a turn
 SHARING = 8  # sequences a turn over the tile of a prefix that they share
-# The running maximum starts finite, so that exp(x - m) of a wholly masked tile is 0 and not NaN.
-LOWEST = -1e30
 
 
 class Options(NamedTuple):
@@ -71,7 +70,7 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
     low = jnp.zeros_like(lens)  # the first token that is visible, and is no part of a shared prefix
     if options.window_left is not None:
         low = jnp.maximum(lens - 1 - options.window_left, 0)
-    start = (jnp.full((R, N), LOWEST), jnp.zeros((R, N)), jnp.zeros((R, N, H)))
+    start = (jnp.full((R, N), LEAST), jnp.zeros((R, N)), jnp.zeros((R, N, H)))
     if (groups := prefix_groups(batch, R)) is not None:
         start = _shared(query[:R], cache, groups, low, tables, layer, options, start)
         low = jnp.maximum(low, groups.lens)
@@ -93,7 +92,7 @@ def _decode(query: Array, cache: KVCache, batch: PagedBatch, tables: Array, laye
             "inc,itc->int", wide[row], key.reshape(*key.shape[:2], -1), preferred_element_type=jnp.float32
         )
         logits = _mask(logits, visible[:, None], options)
-        m = jnp.maximum(logits.max(-1), LOWEST)
+        m = jnp.maximum(logits.max(-1), LEAST)
         p = jnp.exp(logits - m[..., None])
         value = jnp.where(visible[..., None, None], value, 0).reshape(*value.shape[:2], -1)
         acc = jnp.einsum("int,itc->inc", p.astype(value.dtype), value, preferred_element_type=jnp.float32)
@@ -227,7 +226,7 @@ def _prefill(
             return m_new, total * alpha + p.sum(-1), acc * alpha[..., None] + pv
 
         rows = (K, G * query_tile)
-        softmax = (jnp.full(rows, LOWEST), jnp.zeros(rows), jnp.zeros((*rows, H)))
+        softmax = (jnp.full(rows, LEAST), jnp.zeros(rows), jnp.zeros((*rows, H)))
         first = 0
         if options.window_left is not None:
             first = jnp.maximum(position[0] - options.window_left, 0) // tile

@@ -28,8 +28,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from .mosaic_common import (
-    LEAST,
-    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -42,6 +40,7 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
+from .online_softmax import LEAST, LOG2E
 from .paged_decode_config import MAX_COLUMNS, REDUCTION_BYTES, TILE, DecodeConfig, padded_columns
 from .paged_merge import whole_segments
 from .paged_tiles import PageTiles, padded, row_tiles

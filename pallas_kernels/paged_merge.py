@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from .mosaic_common import LEAST, Ref, Scalar
+from .mosaic_common import Ref, Scalar
+from .online_softmax import LEAST
 
 SEGMENT = 128  # elements of a row that a thread block works on
 TOGETHER = 8  # parts that are being read at once: one read takes about as long as another

@@ -25,8 +25,6 @@ from jaxtyping import Array, Float, Int32
 from .devices import interpreted
 from .flash_forward_config import ForwardConfig
 from .mosaic_common import (
-    LEAST,
-    LOG2E,
     PANEL,
     WGMMA,
     Ref,
@@ -39,6 +37,7 @@ from .mosaic_common import (
     tile_memory,
     tile_views,
 )
+from .online_softmax import LEAST, LOG2E
 from .paged_tiles import PageTiles, padded
 from .tiles import TileRange, tile_range
 from .tuned_tables import tuned

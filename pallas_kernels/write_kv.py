@@ -31,7 +31,7 @@ def write_kv(
     Raises ValueError where shapes or dtypes of key, value, cache and batch disagree, NotImplementedError where the
     implementation asked for cannot serve.
     """
-    _check("write_kv", cache, batch, layer, key, value)
+    _check(cache, batch, layer, key, value)
     if kernel := mosaic_module("write_kv", implementation, cache):
         return kernel.write_kv(cache, batch.slot_mapping, jnp.asarray(layer, jnp.int32), key, value)
     # Floor division keeps -1 negative; a negative index is then out of range, and dropped, instead of wrapping.
@@ -86,11 +86,11 @@ def rotate_and_write_kv(
     return query, write_kv(cache, batch, layer, key, qkv[:, :, -1], implementation="xla")
 
 
-def _check(function: str, cache: KVCache, batch: PagedBatch, layer: int | Array, key: Array, value: Array) -> None:
+def _check(cache: KVCache, batch: PagedBatch, layer: int | Array, key: Array, value: Array) -> None:
     expected = (batch.slot_mapping.shape[0], cache.num_kv_heads, cache.head_dim)
     for name, array in (("key", key), ("value", value)):
         if array.shape != expected:
-            raise ValueError(f"{function}: {name} must be [tokens, kv_heads, head_dim] = {expected}, got {array.shape}")
+            raise ValueError(f"write_kv: {name} must be [tokens, kv_heads, head_dim] = {expected}, got {array.shape}")
         if array.dtype != cache.keys.dtype:
-            raise ValueError(f"{function}: {name} must have the cache's dtype {cache.keys.dtype}, got {array.dtype}")
-    check_layer(function, cache, layer)
+            raise ValueError(f"write_kv: {name} must have the cache's dtype {cache.keys.dtype}, got {array.dtype}")
+    check_layer("write_kv", cache, layer)
