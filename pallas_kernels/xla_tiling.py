@@ -33,11 +33,13 @@ class XlaConfig:
     span: int = 1
 
 
-def default_config(query: Array, key: Array, operands: AttentionOperands) -> XlaConfig:
+def default_config(query: Array, key: Array, operands: AttentionOperands, spec: AttentionSpec) -> XlaConfig:
     """What two cores like best."""
     (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
     block_mask = operands.block_mask
-    rows = _part(T, None if block_mask is None else block_mask.block_q)
+    # Twice the rows make faster matmuls; where a band or blocks cut tiles, more of what is multiplied is hidden.
+    wide = 2 if block_mask is None and spec.lower is None and spec.upper is None else 1
+    rows = _part(T, None if block_mask is None else block_mask.block_q, wide * TILE)
     keys = _part(S, None if block_mask is None else block_mask.block_kv)
     span = 1 if block_mask is None else max(min(TILE // keys, -(-S // keys)), 1)
     # The lanes of a step visit the same tiles, and have bias and mask from one sequence.
@@ -46,7 +48,7 @@ def default_config(query: Array, key: Array, operands: AttentionOperands) -> Xla
     if block_mask is not None and block_mask.mask.ndim == 3:
         together = 1
     group = N // K
-    most = min(SCORES // (rows * keys * span), together)
+    most = min(wide * SCORES // (rows * keys * span), together)
 
     def fits(lanes: int) -> bool:
         """Some heads of one kv head, all heads of some kv heads of one sequence, or all of some sequences."""
@@ -61,13 +63,13 @@ def _pad(x: Array, tile: int, fill: float = 0.0) -> Array:
     return jnp.pad(x, ends, constant_values=fill)
 
 
-def _part(length: int, block: int | None) -> int:
+def _part(length: int, block: int | None, tile: int = TILE) -> int:
     """Of a length, few equal parts; of blocks, one, equal parts of a large one, or several small ones."""
     if block is not None and block < length:
         return -(-block // -(-block // TILE)) if block >= LEAST_TILE else block * (LEAST_TILE // block)
-    if length <= TILE:
+    if length <= tile:
         return length
-    part = -(-length // -(-length // TILE))
+    part = -(-length // -(-length // tile))
     return -(-part // 16) * 16
 
 
@@ -88,7 +90,7 @@ class Tiling:
     @classmethod
     def of(cls, query: Array, key: Array, operands: AttentionOperands, spec: AttentionSpec) -> "Tiling":
         (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
-        config = default_config(query, key, operands)
+        config = default_config(query, key, operands, spec)
 
         def pad(x: Array | None, *tiles: int) -> Array | None:
             if x is None:
