@@ -37,8 +37,9 @@ def default_config(query: Array, key: Array, operands: AttentionOperands, spec: 
     """What two cores like best."""
     (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
     block_mask = operands.block_mask
-    # Twice the rows make faster matmuls; where a band or blocks cut tiles, more of what is multiplied is hidden.
-    wide = 2 if block_mask is None and spec.lower is None and spec.upper is None else 1
+    # Twice the rows make faster matmuls; where something cuts tiles, more of what is multiplied would be hidden.
+    cuts = (operands.query_lengths, operands.key_lengths, operands.query_segments, block_mask, spec.lower, spec.upper)
+    wide = 2 if all(x is None for x in cuts) else 1
     rows = _part(T, None if block_mask is None else block_mask.block_q, wide * TILE)
     keys = _part(S, None if block_mask is None else block_mask.block_kv)
     span = 1 if block_mask is None else max(min(TILE // keys, -(-S // keys)), 1)
