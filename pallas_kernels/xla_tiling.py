@@ -38,8 +38,8 @@ def default_config(query: Array, key: Array, operands: AttentionOperands, spec: 
     (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
     block_mask = operands.block_mask
     # Twice the rows make faster matmuls; where something cuts tiles, more of what is multiplied would be hidden.
-    cuts = (operands.query_lengths, operands.key_lengths, operands.query_segments, block_mask, spec.lower, spec.upper)
-    wide = 2 if all(x is None for x in cuts) else 1
+    is_cut = _arrays_decide(operands) or spec.lower is not None or spec.upper is not None
+    wide = 1 if is_cut else 2
     rows = _part(T, None if block_mask is None else block_mask.block_q, wide * TILE)
     keys = _part(S, None if block_mask is None else block_mask.block_kv)
     span = 1 if block_mask is None else max(min(TILE // keys, -(-S // keys)), 1)
@@ -59,6 +59,12 @@ def default_config(query: Array, key: Array, operands: AttentionOperands, spec: 
     return XlaConfig(rows, keys, next(filter(fits, range(most, 1, -1)), 1), span)
 
 
+def _arrays_decide(operands: AttentionOperands) -> bool:
+    """Whether it is not the band alone that says which tiles are visited."""
+    arrays = (operands.query_lengths, operands.key_lengths, operands.query_segments, operands.block_mask)
+    return any(x is not None for x in arrays)
+
+
 def _pad(x: Array, tile: int, fill: float = 0.0) -> Array:
     ends = [(0, -n % tile if axis == 1 else 0) for axis, n in enumerate(x.shape)]
     return jnp.pad(x, ends, constant_values=fill)
@@ -67,7 +73,7 @@ def _pad(x: Array, tile: int, fill: float = 0.0) -> Array:
 def _part(length: int, block: int | None, tile: int = TILE) -> int:
     """Of a length, few equal parts; of blocks, one, equal parts of a large one, or several small ones."""
     if block is not None and block < length:
-        return -(-block // -(-block // TILE)) if block >= LEAST_TILE else block * (LEAST_TILE // block)
+        return -(-block // -(-block // tile)) if block >= LEAST_TILE else block * (LEAST_TILE // block)
     if length <= tile:
         return length
     part = -(-length // -(-length // tile))
@@ -347,9 +353,9 @@ def _list_visits(
     T: int, S: int, operands: AttentionOperands, spec: AttentionSpec, config: XlaConfig
 ) -> TileList | None:
     """Where arrays decide which tiles are visited: these, by sequence, head and tile of rows."""
-    blocks = operands.block_mask
-    if all(x is None for x in (operands.query_lengths, operands.key_lengths, operands.query_segments, blocks)):
+    if not _arrays_decide(operands):
         return None
+    blocks = operands.block_mask
     first = jnp.arange(-(-T // config.rows), dtype=jnp.int32)[None, :, None] * config.rows
     tile = jnp.arange(-(-S // config.keys), dtype=jnp.int32)[None, None]
     length = S if operands.key_lengths is None else jnp.clip(operands.key_lengths, 0, S)[:, None, None]
