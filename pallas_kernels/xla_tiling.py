@@ -49,7 +49,7 @@ def default_config(query: Array, key: Array, operands: AttentionOperands, spec: 
     if block_mask is not None and block_mask.mask.ndim == 3:
         together = 1
     group = N // K
-    most = min(wide * SCORES // (rows * keys * span), together)
+    most = min(SCORES // (rows * keys * span), together)
 
     def fits(lanes: int) -> bool:
         """Some heads of one kv head, all heads of some kv heads of one sequence, or all of some sequences."""
@@ -226,8 +226,8 @@ class Step:
             self._row_keys = dropout.row_keys(seed[:, :1], seed[:, 1:], head[:, None], row[None])
 
     def sweep(self, visit: Callable[["Tiles", Any, bool], Any], state: Any) -> Any:
-        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, several at
-        once, then those left over and those that need one, one by one."""
+        """The last of `state = visit(tiles, state, partial)`: first tiles that need no mask, several at once and then
+        fewer; then, one by one, the last of them and those that need one."""
         visits, span = self._tiling.visits, self._tiling.config.span
         if visits is None:
             start, full_start, full_stop, stop = self._tiling.band(self._row_tile)
@@ -245,16 +245,22 @@ class Step:
                 return order[index]
 
         may_be_whole, may_be_partial = self._tiling.may_be
-        groups = lax.div(whole, jnp.full_like(whole, span))
+        first = jnp.zeros_like(whole)
+        for at_once in range(span, min(span, 2) - 1, -1) if may_be_whole else ():
+            rest = whole - first
+            groups = lax.div(rest, jnp.full_like(rest, at_once))
+            if at_once > 2:  # a tile alone takes as long as two: rather three and two than four and one
+                groups = jnp.where((rest > 1) & (rest - groups * at_once == 1), groups - 1, groups)
 
-        def visit_group(group: Scalar, state: Any) -> Any:
-            return visit(Tiles([tile_at(group * span + i) for i in range(span)]), state, False)
+            def visit_group(group: Scalar, state: Any, first: Scalar = first, at_once: int = at_once) -> Any:
+                index = first + group * at_once
+                return visit(Tiles([tile_at(index + i) for i in range(at_once)]), state, False)
 
-        if may_be_whole:
             state = lax.fori_loop(jnp.int32(0), groups, visit_group, state)
+            first += groups * at_once
         if may_be_partial:
             state = lax.fori_loop(
-                groups * span, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
+                first, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
             )
         return state
 
