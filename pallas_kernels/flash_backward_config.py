@@ -29,6 +29,7 @@ class TileConfig:
     stages: int = 2
     overlaps: bool = True
     l2_bytes: int = 24 * 2**20
+    dq_tiles: int = 1
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -57,7 +58,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         if head_dim <= 64 and not (capped and segmented and dropping):
             return BackwardConfig(((ALL, TileConfig(step=128)),))
         if 64 < head_dim <= 128 and not (capped or segmented):
-            return BackwardConfig(((ALL, TileConfig(l2_bytes=96 * 2**20)),))
+            l2_bytes = (192 if spec.upper is None else 48) * 2**20
+            return BackwardConfig(((ALL, TileConfig(l2_bytes=l2_bytes, dq_tiles=2)),))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:

@@ -44,12 +44,13 @@ def memory(launch: Launch) -> dict[str, Any]:
     """The shared memory of a block."""
     tiles = launch.tiles
     ds = (tiles.stages, tiles.warpgroups, tiles.step // PANEL, tiles.own, PANEL)
+    dq = (tiles.dq_tiles, tiles.warpgroups, PANEL, PANEL)
     return launch.memory() | {
         "ds": plgpu.SMEM(ds, launch.dtype, transforms=(TILING, SWIZZLE)),
-        "dq_tile": plgpu.SMEM((tiles.warpgroups, PANEL, PANEL), jnp.float32, transforms=(FLOAT_TILING, SWIZZLE)),
-        # [0]: dS is there; [1]: the tile of dQ is free. In one, whose phases are one register.
-        "ds_full_dq_free": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=2),
-        "dq_full": plgpu.Barrier(num_arrivals=tiles.warpgroups),
+        "dq": plgpu.SMEM(dq, jnp.float32, transforms=(FLOAT_TILING, SWIZZLE)),
+        # [0]: all computing warpgroups are there; those after: a tile of dQ is free. In one, whose phases are one register.
+        "met_dq_free": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=1 + tiles.dq_tiles),
+        "dq_full": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.dq_tiles),
         "own_summed": plgpu.Barrier(num_arrivals=tiles.warpgroups),
     }
 
@@ -61,7 +62,6 @@ class FusedBlock(Block):
         super().__init__(launch, *arguments)
         self.visits = RangedVisits(launch.visits, self.refs["tables"], self.b, self.block)
         self.steps = self.visits.count * launch.group
-        self.ds_full, self.dq_free = (self.memory["ds_full_dq_free"].at[i] for i in range(2))
 
     def place(self, number: Scalar) -> tuple[Scalar, Scalar]:
         """The query head and the tile of a step: all heads of a tile, then those of the tile before."""
@@ -73,7 +73,8 @@ class FusedBlock(Block):
         """The part of the warpgroup that moves tiles between device memory and shared memory."""
         plgpu.set_max_registers(self.tiles.registers[1], action="decrease")
         memory, stages = self.memory, self.tiles.stages
-        self.free_dq()
+        for at in range(self.tiles.dq_tiles):
+            self.free_dq(at)
         own = self.own_tiles()
         for warpgroup, place in enumerate(own):
             for name in ("own0", "own1"):
@@ -85,20 +86,24 @@ class FusedBlock(Block):
         def _(number):
             plgpu.barrier_wait(memory["free"].at[slot(number, stages)])
             pl.when(number + stages < self.steps)(lambda: self.fill(number + stages))
-            plgpu.barrier_wait(memory["dq_full"])
-            self.add(number)
-            self.free_dq()
+            at = slot(number, self.tiles.dq_tiles)
+            plgpu.barrier_wait(memory["dq_full"].at[at])
+            self.add(number, at)
+            self.free_dq(at)
 
         plgpu.barrier_wait(memory["own_summed"])
         for warpgroup, place in enumerate(own):
             for name, gradient in (("own0", "dk"), ("own1", "dv")):
                 store_tile(tile_views(memory[name])[0].at[warpgroup], self.refs[gradient], place)
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def free_dq(self) -> None:
-        """Lets the warpgroups write to the tile of dQ."""
+    def dq_free(self, at: Scalar) -> Ref:
+        return self.memory["met_dq_free"].at[1 + at]
+
+    def free_dq(self, at: Scalar) -> None:
+        """Lets the warpgroups write to a tile of dQ."""
         for _ in range(self.tiles.warpgroups):
-            plgpu.barrier_arrive(self.dq_free)
+            plgpu.barrier_arrive(self.dq_free(at))
 
     def own_tiles(self) -> list[tuple[Scalar, Any, Scalar]]:
         """Where the keys and values of the warpgroups are."""
@@ -118,7 +123,7 @@ class FusedBlock(Block):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, head, :, rows], memory[name].at[at], full)
         load_tile(refs["step1"], (b, rows, head), tile_views(memory["step1"])[0].at[at], full)
 
-    def add(self, number: Scalar) -> None:
+    def add(self, number: Scalar, at: Scalar) -> None:
         """Adds a step's tile to dQ when it is the block's turn; who is first stores it."""
         refs = self.refs
         head, tile = self.place(number)
@@ -128,7 +133,7 @@ class FusedBlock(Block):
                 part, panel = divmod(piece, self.launch.panels)
                 rows = pl.ds(tile * self.tiles.step + part * PANEL, PANEL)
                 target = refs["dq"].at[(*summand, self.b, rows, head, columns(panel))]
-                plgpu.copy_smem_to_gmem(self.memory["dq_tile"].at[piece], target, **how)
+                plgpu.copy_smem_to_gmem(self.memory["dq"].at[at, piece], target, **how)
 
         if interpreted():
             copy((self.block,))
@@ -156,6 +161,8 @@ class FusedBlock(Block):
                 tile[panel] = (totals[i * panels + panel] * factor).astype(launch.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(memory["own_summed"])
+        for at in range(self.tiles.dq_tiles):
+            plgpu.barrier_wait(self.dq_free(at))
 
     def sum(self, accumulators: Sequence[Ref]) -> list[jax.Array]:
         """Runs all steps; returns the sums."""
@@ -172,7 +179,7 @@ class FusedBlock(Block):
                 partial |= number >= whole
             self.step(number, partial, accumulators)
 
-        plgpu.barrier_wait(self.dq_free)
+        self.meet()  # all have multiplied by the keys, whose memory dK takes
         return [accumulator[...] for accumulator in accumulators]
 
     def step(self, number: Scalar, partial: Scalar, accumulators: Sequence[Ref]) -> None:
@@ -188,9 +195,13 @@ class FusedBlock(Block):
                 lambda s, dp, part=part: self.part(at, mine, part, tile, partial, s, dp, accumulators), scores, scores
             )
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.ds_full)
-        plgpu.barrier_wait(self.ds_full)
-        self.add_queries(at, mine)
+        self.meet()
+        self.add_queries(number, at, mine)
+
+    def meet(self) -> None:
+        """Waits for the other computing warpgroups."""
+        plgpu.barrier_arrive(self.memory["met_dq_free"].at[0])
+        plgpu.barrier_wait(self.memory["met_dq_free"].at[0])
 
     def part(self, at, mine, part, tile, partial, s, dp, accumulators) -> None:
         """What 64 of a tile's queries contribute to dK and dV, and their dS for dQ."""
@@ -215,7 +226,7 @@ class FusedBlock(Block):
         memory["ds"].at[at, mine, part][...] = ds
         multiply(accumulators[:panels], ds, queries, staging)
 
-    def add_queries(self, at: Scalar, mine: Scalar) -> None:
+    def add_queries(self, number: Scalar, at: Scalar, mine: Scalar) -> None:
         """Hands over the warpgroup's piece of dS K: 64 rows by 64 columns, of the keys of all warpgroups."""
         memory = self.memory
         part, panel = (mine, 0) if self.launch.panels == 1 else (0, mine)
@@ -228,10 +239,11 @@ class FusedBlock(Block):
 
         dq = pl.run_scoped(product, plgpu.ACC((PANEL, PANEL), jnp.float32))
         plgpu.barrier_arrive(memory["free"].at[at])  # dV and dK, begun before, are done as well
-        plgpu.barrier_wait(self.dq_free)
-        memory["dq_tile"].at[mine][...] = dq
+        at = slot(number, self.tiles.dq_tiles)
+        plgpu.barrier_wait(self.dq_free(at))
+        memory["dq"].at[at, mine][...] = dq
         plgpu.commit_smem()
-        plgpu.barrier_arrive(memory["dq_full"])
+        plgpu.barrier_arrive(memory["dq_full"].at[at])
 
     def tail(self) -> Scalar:
         """Whether there are keys in the block that do not count."""
