@@ -66,7 +66,9 @@ def _attend_backward(
 ) -> tuple[Any, ...]:
     query, key, value, operands, out, lse = residuals
     dout, dlse = cotangents
-    delta = jnp.swapaxes((dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2) - dlse
+    # The barrier keeps XLA from fusing the sum into what lays delta out, where one thread would sum a whole row.
+    delta = jax.lax.optimization_barrier((dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1))
+    delta = jnp.swapaxes(delta, 1, 2) - dlse
     # A row that saw nothing has no probabilities: exp(logit - inf) is 0, exp(logit + inf) would not be.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     dquery, dkey, dvalue, dbias = _backward(backend, spec)(query, key, value, operands, lse, delta, dout)
