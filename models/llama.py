@@ -186,14 +186,14 @@ class Llama(nnx.Module):
     def _run_layers(
         self, run: Callable[[Block, Array, Array, State], tuple[Array, State]], x: Array, state: State
     ) -> tuple[Array, State]:
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         if isinstance(self.layers, Block):
+            layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
 
             def body(carry: tuple[Array, State], xs: tuple[Block, Array]) -> tuple[tuple[Array, State], None]:
                 return run(*xs, *carry), None
 
             return lax.scan(body, (x, state), (self.layers, layers))[0]
         run = jax.jit(run)  # one trace for all layers
-        for block, layer in zip(self.layers, layers, strict=True):
-            x, state = run(block, layer, x, state)
+        for number, block in enumerate(self.layers):
+            x, state = run(block, jnp.asarray(number, jnp.int32), x, state)  # a constant, which no kernel has to make
         return x, state

@@ -5,7 +5,7 @@ Fused, one launch owns keys and computes all three gradients: five matmuls a til
 dK and dV, or each of them, and dQ are launches of their own: seven matmuls or eight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .attention_spec import AttentionOperands, AttentionSpec
@@ -20,7 +20,9 @@ class TileConfig:
 
     overlaps: dP is computed under the exponentials of S, and takes registers beside them; always where fused.
     l2_bytes: what the heads that run side by side step through. H100 and H200 have 50 MiB of cache, but the blocks of
-      more heads wait less for each other's turns, and all of a head's blocks are at about the same tile.
+      more heads wait less for each other's turns, and all of a head's blocks are at about the same tile. Under a causal
+      mask half as much is faster.
+    dq_tiles: fused, how many steps' dQ may wait for their turn to be added.
     """
 
     own: int = 64
@@ -55,11 +57,13 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     capped, segmented = spec.soft_cap is not None, operands.query_segments is not None
     dropping = spec.dropout_rate > 0.0
     if operands.block_mask is None:  # whose lists of tiles do not say whose turn it is
+        fused = TileConfig(step=128) if head_dim <= 64 else TileConfig(l2_bytes=192 * 2**20, dq_tiles=2)
+        if spec.upper is not None:
+            fused = replace(fused, l2_bytes=fused.l2_bytes // 2)
         if head_dim <= 64 and not (capped and segmented and dropping):
-            return BackwardConfig(((ALL, TileConfig(step=128)),))
+            return BackwardConfig(((ALL, fused),))
         if 64 < head_dim <= 128 and not (capped or segmented):
-            l2_bytes = (192 if spec.upper is None else 48) * 2**20
-            return BackwardConfig(((ALL, TileConfig(l2_bytes=l2_bytes, dq_tiles=2)),))
+            return BackwardConfig(((ALL, fused),))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:

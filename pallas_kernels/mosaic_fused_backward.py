@@ -48,7 +48,7 @@ def memory(launch: Launch) -> dict[str, Any]:
     return launch.memory() | {
         "ds": plgpu.SMEM(ds, launch.dtype, transforms=(TILING, SWIZZLE)),
         "dq": plgpu.SMEM(dq, jnp.float32, transforms=(FLOAT_TILING, SWIZZLE)),
-        # [0]: all computing warpgroups are there; those after: a tile of dQ is free. In one, whose phases are one register.
+        # [0]: all that compute are there; those after: a tile of dQ is free. In one, whose phases are one register.
         "met_dq_free": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=1 + tiles.dq_tiles),
         "dq_full": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.dq_tiles),
         "own_summed": plgpu.Barrier(num_arrivals=tiles.warpgroups),
