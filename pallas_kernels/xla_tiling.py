@@ -259,9 +259,7 @@ class Step:
             state = lax.fori_loop(jnp.int32(0), groups, visit_group, state)
             first += groups * at_once
         if may_be_partial:
-            state = lax.fori_loop(
-                first, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state
-            )
+            state = lax.fori_loop(first, count, lambda index, state: visit(Tiles([tile_at(index)]), state, True), state)
         return state
 
     def rows_of(self, x: Float[Array, "B rows N *rest"]) -> Float[Array, "kv hr *rest"]:
