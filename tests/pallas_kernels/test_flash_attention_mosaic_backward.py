@@ -86,7 +86,6 @@ FUSED_MUTANTS = {
     "tiles not waited for": ('plgpu.barrier_wait(memory["full"].at[at])', "pass"),
     "a slot filled before it is free": ('plgpu.barrier_wait(memory["free"].at[slot(number, stages)])', "pass"),
     "dS of the others not waited for": ("self.meet()\n        self.add_queries", "self.add_queries"),
-    "keys overwritten before others multiply": ("self.meet()  # all", "pass  # all"),
     "dQ overwritten before it is added": ("plgpu.barrier_wait(self.dq_free(at))\n        memory", "memory"),
     "dQ added before it is there": ('plgpu.barrier_wait(memory["dq_full"].at[at])', "pass"),
 }
