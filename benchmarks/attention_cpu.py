@@ -29,6 +29,7 @@ from rich.table import Table
 from pallas_kernels import BlockMask, flash_attention
 
 HEADS, HEAD_DIM, MATMUL = 4, 64, 2048
+REST = 0.5  # seconds
 
 Attend = Callable[..., jax.Array]
 
@@ -86,13 +87,16 @@ def calls_of(attend: Attend, length: int) -> list[Callable[[], Any]]:
 def seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """The median of each; they take turns.
 
-    The first call of a turn is not counted: after a contestant that has just given back gigabytes, it would pay for the
-    pages that the allocator has to fetch anew.
+    A contestant that gives back gigabytes leaves the system busy for a third of a second, and the next one without pages,
+    which it fetches in its first calls. So that nobody pays for another, each rests before its turn, and only its third
+    call counts.
     """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, seen in zip(calls, times, strict=True):
-            jax.block_until_ready(call())
+            time.sleep(REST)
+            for _ in range(2):
+                jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             seen.append(time.perf_counter() - start)
