@@ -29,7 +29,7 @@ from rich.table import Table
 from pallas_kernels import BlockMask, flash_attention
 
 HEADS, HEAD_DIM, MATMUL = 4, 64, 2048
-REST = 0.5  # seconds
+WARM_UP = 0.5  # seconds
 
 Attend = Callable[..., jax.Array]
 
@@ -85,17 +85,16 @@ def calls_of(attend: Attend, length: int) -> list[Callable[[], Any]]:
 
 
 def seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The median of each; they take turns.
+    """The median of each; they take turns, and only the last call of a turn counts.
 
-    A contestant that gives back gigabytes leaves the system busy for a third of a second, and the next one without pages,
-    which it fetches in its first calls. So that nobody pays for another, each rests before its turn, and only its third
-    call counts.
+    A contestant that gives back gigabytes leaves the system busy for a third of a second, and the next one without
+    pages, which it fetches in its first calls. A pause instead of calls would leave threads asleep.
     """
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, seen in zip(calls, times, strict=True):
-            time.sleep(REST)
-            for _ in range(2):
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < WARM_UP:
                 jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
