@@ -6,7 +6,7 @@ counts the blocks that have added theirs, and a block waits until all blocks of 
 It waits only for blocks that were launched before it, and the first of all for none: no deadlock. With the last queries
 first nobody waits for long under a causal mask either, where each block visits fewer tiles than the one before.
 
-The warpgroup that loads also waits and adds, so that the computing ones never do.
+The warpgroup that loads also waits and adds; the computing ones wait only when no tile of dQ in shared memory is free.
 """
 
 from collections.abc import Sequence
