@@ -104,6 +104,7 @@ def backward(
 
     def pull_back(chunk: Array, sums: Any, number: Array) -> tuple[Any, Array]:
         step = tiling.step(chunk, number)
+        # Without the barrier XLA cuts the rows out a second time to transpose them.
         q, do = lax.optimization_barrier((step.rows_of(q_all), step.rows_of(do_all)))
         q_transposed, do_transposed = _transposed(q), _transposed(do)
         lse, delta = (step.rows_of(x).reshape(lanes, rows, 1) for x in (lse_all, delta_all))

@@ -57,13 +57,14 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     capped, segmented = spec.soft_cap is not None, operands.query_segments is not None
     dropping = spec.dropout_rate > 0.0
     if operands.block_mask is None:  # whose lists of tiles do not say whose turn it is
-        fused = TileConfig(step=128) if head_dim <= 64 else TileConfig(l2_bytes=192 * 2**20, dq_tiles=2)
-        if spec.upper is not None:
-            fused = replace(fused, l2_bytes=fused.l2_bytes // 2)
+        fused = None
         if head_dim <= 64 and not (capped and segmented and dropping):
-            return BackwardConfig(((ALL, fused),))
-        if 64 < head_dim <= 128 and not (capped or segmented):
-            return BackwardConfig(((ALL, fused),))
+            fused = TileConfig(step=128)
+        elif 64 < head_dim <= 128 and not (capped or segmented):
+            fused = TileConfig(l2_bytes=192 * 2**20, dq_tiles=2)
+        if fused is not None:
+            l2_bytes = fused.l2_bytes // (1 if spec.upper is None else 2)
+            return BackwardConfig(((ALL, replace(fused, l2_bytes=l2_bytes)),))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:

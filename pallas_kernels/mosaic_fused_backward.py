@@ -98,6 +98,7 @@ class FusedBlock(Block):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def dq_free(self, at: Scalar) -> Ref:
+        """The barrier of a tile of dQ that was added and may be written to."""
         return self.memory["met_dq_free"].at[1 + at]
 
     def free_dq(self, at: Scalar) -> None:

@@ -39,8 +39,7 @@ def default_config(query: Array, key: Array, operands: AttentionOperands, spec: 
     block_mask = operands.block_mask
     # Twice the rows make faster matmuls; where something cuts tiles, more of what is multiplied would be hidden.
     is_cut = _arrays_decide(operands) or spec.lower is not None or spec.upper is not None
-    wide = 1 if is_cut else 2
-    rows = _part(T, None if block_mask is None else block_mask.block_q, wide * TILE)
+    rows = _part(T, None if block_mask is None else block_mask.block_q, TILE if is_cut else 2 * TILE)
     keys = _part(S, None if block_mask is None else block_mask.block_kv)
     span = 1 if block_mask is None else max(min(TILE // keys, -(-S // keys)), 1)
     # The lanes of a step visit the same tiles, and have bias and mask from one sequence.
