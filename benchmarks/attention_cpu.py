@@ -2,10 +2,10 @@
 
     python benchmarks/attention_cpu.py [--lengths 1024,2048,4096,8192] [--repeats 7] [--json FILE]
 
-float32, one sequence, 4 heads of 64. The contestants take turns in each repeat; figures are medians. GFLOP/s count
-4 T^2 N H operations forward and 3.5 times that with backward, half of it where causal. *matmul* is what `a @ b` of
-2048 x 2048 reaches in the same turns. Block-sparse rows compare with the same kernel where all blocks are kept:
-*of proportional* is time over (time with all blocks x fraction kept), 1 where cost follows the fraction.
+float32, one sequence, 4 heads of 64. The contestants, each a process, take turns in each repeat; figures are medians.
+GFLOP/s count 4 T^2 N H operations forward and 3.5 times that with backward, half of it where causal. *matmul* is what
+`a @ b` of 2048 x 2048 reaches in the same turns. Block-sparse rows compare with the same kernel where all blocks are
+kept: *of proportional* is time over (time with all blocks x fraction kept), 1 where cost follows the fraction.
 """
 
 import argparse
@@ -13,9 +13,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +35,7 @@ HEADS, HEAD_DIM, MATMUL = 4, 64, 2048
 WARM_UP = 0.5  # seconds
 
 Attend = Callable[..., jax.Array]
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def arrays(length: int) -> list[jax.Array]:
     return [jnp.asarray(rng.standard_normal((1, length, HEADS, HEAD_DIM), np.float32)) for _ in range(4)]
 
 
-def calls_of(attend: Attend, length: int) -> list[Callable[[], Any]]:
+def calls_of(attend: Attend, length: int) -> list[Call]:
     """Forward, and forward with backward."""
     query, key, value, cotangent = arrays(length)
 
@@ -84,52 +88,89 @@ def calls_of(attend: Attend, length: int) -> list[Callable[[], Any]]:
     return [partial(jax.jit(attend), query, key, value), partial(both, query, key, value, cotangent)]
 
 
-def seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """The median of each; they take turns, and only the last call of a turn counts.
-
-    A contestant that gives back gigabytes leaves the system busy for a third of a second, and the next one without
-    pages, which it fetches in its first calls. A pause instead of calls would leave threads asleep.
-    """
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, seen in zip(calls, times, strict=True):
-            begin = time.perf_counter()
-            while time.perf_counter() - begin < WARM_UP:
-                jax.block_until_ready(call())
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seen.append(time.perf_counter() - start)
-    return [median(seen) for seen in times]
-
-
-def measure_dense(length: int, causal: bool, repeats: int) -> Dense:
+def matmul_call() -> list[Call]:
     square = jnp.ones((MATMUL, MATMUL), jnp.float32)
-    forward, both, peer_forward, peer_both, matmul = seconds(
-        [
-            *calls_of(partial(flash_attention, is_causal=causal, implementation="xla"), length),
-            *calls_of(partial(jax.nn.dot_product_attention, is_causal=causal, implementation="xla"), length),
-            partial(jax.jit(jnp.matmul), square, square),
-        ],
-        repeats,
-    )
-    return Dense(length, causal, forward, peer_forward, both, peer_both, matmul)
+    return [partial(jax.jit(jnp.matmul), square, square)]
 
 
-def measure_sparse(length: int, block: int, repeats: int) -> list[Sparse]:
+def block_masks(length: int, block: int) -> dict[str, BlockMask]:
     sizes = {"block_q": block, "block_kv": block}
-    masks = {
+    return {
         "full": BlockMask.full(length, length, **sizes),
         "butterfly": BlockMask.butterfly(length, length, **sizes),
         "local": BlockMask.local(length, length, width=2, **sizes),
         "strided": BlockMask.strided(length, length, stride=4, **sizes),
     }
-    calls = []
-    for mask in masks.values():
-        calls += calls_of(partial(flash_attention, block_mask=mask, implementation="xla"), length)
-    times = seconds(calls, repeats)
+
+
+def sparse_calls(length: int, block: int) -> list[Call]:
+    """Two a mask."""
+    masks = block_masks(length, block).values()
+    attends = [partial(flash_attention, block_mask=mask, implementation="xla") for mask in masks]
+    return [call for attend in attends for call in calls_of(attend, length)]
+
+
+def work(connection: Connection, make: Callable[[], list[Call]]) -> None:
+    """A contestant's process: makes its calls and says how many, then sends the seconds of each that it is asked for.
+
+    Only the last call of a turn counts: before it come half a second of others, since what wakes up is slow at first.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        calls = make()
+        connection.send(len(calls))
+        while (number := connection.recv()) is not None:
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < WARM_UP:
+                jax.block_until_ready(calls[number]())
+            start = time.perf_counter()
+            jax.block_until_ready(calls[number]())
+            connection.send(time.perf_counter() - start)
+
+
+@contextmanager
+def contestant(make: Callable[[], list[Call]]) -> Iterator[Connection]:
+    """A process that `work`s: its memory is not what another contestant has left behind."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, make), daemon=True)
+    process.start()
+    theirs.close()  # so that a process that has died is seen at this end
+    try:
+        yield ours
+        ours.send(None)
+        process.join()
+    finally:
+        process.kill()
+
+
+def seconds(contestants: Sequence[Callable[[], list[Call]]], repeats: int) -> list[float]:
+    """The median of each call of each contestant, which take turns."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(contestant(make)) for make in contestants]
+        calls = [(connection, number) for connection in connections for number in range(connection.recv())]
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(repeats):
+            for (connection, number), seen in zip(calls, times, strict=True):
+                connection.send(number)
+                seen.append(connection.recv())
+    return [median(seen) for seen in times]
+
+
+def measure_dense(length: int, causal: bool, repeats: int) -> Dense:
+    attends = [
+        partial(attend, is_causal=causal, implementation="xla")
+        for attend in (flash_attention, jax.nn.dot_product_attention)
+    ]
+    contestants = [*(partial(calls_of, attend, length) for attend in attends), matmul_call]
+    forward, both, peer_forward, peer_both, matmul = seconds(contestants, repeats)
+    return Dense(length, causal, forward, peer_forward, both, peer_both, matmul)
+
+
+def measure_sparse(length: int, block: int, repeats: int) -> list[Sparse]:
+    times = seconds([partial(sparse_calls, length, block)], repeats)
     return [
         Sparse(name, block, float(mask.density), times[2 * i], times[0], times[2 * i + 1], times[1])
-        for i, (name, mask) in enumerate(masks.items())
+        for i, (name, mask) in enumerate(block_masks(length, block).items())
         if i
     ]
 
@@ -182,15 +223,14 @@ def main() -> None:
     console = Console(width=150)
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     console.print(f"jax {jax.__version__}, {processor()}, {os.cpu_count()} CPUs, load before the run {load}")
-    with jax.default_device(jax.devices("cpu")[0]):
-        lengths = [int(length) for length in arguments.lengths.split(",")]
-        dense = [measure_dense(length, causal, arguments.repeats) for length in lengths for causal in (False, True)]
-        show_dense(console, dense)
-        sparse = []
-        for block in arguments.blocks.split(",") if arguments.sparse_length else []:
-            sparse += measure_sparse(arguments.sparse_length, int(block), arguments.repeats)
-        if sparse:
-            show_sparse(console, arguments.sparse_length, sparse)
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    dense = [measure_dense(length, causal, arguments.repeats) for length in lengths for causal in (False, True)]
+    show_dense(console, dense)
+    sparse = []
+    for block in arguments.blocks.split(",") if arguments.sparse_length else []:
+        sparse += measure_sparse(arguments.sparse_length, int(block), arguments.repeats)
+    if sparse:
+        show_sparse(console, arguments.sparse_length, sparse)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(figure) for figure in [*dense, *sparse]], indent=1))
 
