@@ -91,6 +91,8 @@ def floor_seconds(name: str, batch: int, context: float, bandwidth: float) -> fl
 def measure(engine: LLMEngine, name: str, prompts: list[list[int]], new: int, floor: float) -> dict[str, Any]:
     batch, steps = len(prompts), list[float]()
     seconds = run(engine, prompts, new, lambda seconds, tokens: steps.append(seconds) if tokens == batch else None)
+    if not steps:
+        raise SystemExit(f"--new: expected more than {new}, so that all {batch} requests decode at once after prefills")
     step = median(steps)
     return {
         "model": name,
@@ -105,10 +107,10 @@ def measure(engine: LLMEngine, name: str, prompts: list[list[int]], new: int, fl
     }
 
 
-def host_seconds(engine: LLMEngine, prompts: list[list[int]]) -> float:
+def host_seconds(engine: LLMEngine, prompts: list[list[int]], new: int) -> float:
     """The host's own work of a step: scheduling, laying out, dispatching and taking in, with a device that is done."""
     times: list[float] = []
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     for number, prompt in enumerate(prompts):
         engine.add_request(f"host-{number}", prompt, params)
     while engine.has_unfinished():
@@ -165,7 +167,7 @@ def main() -> None:
         run(engine, prompts, new, lambda seconds, tokens: None)
         row = {"compiling and first run s": time.perf_counter() - start}
         figures.add("engine", measure(engine, name, prompts, new, floor) | row)
-        figures.add("host", {"model": name, "batch": batch, "step ms": host_seconds(engine, prompts) * 1e3})
+        figures.add("host", {"model": name, "batch": batch, "step ms": host_seconds(engine, prompts, new) * 1e3})
         if arguments.peer:
             ours = batch * arguments.peer_new / run(engine, prompts, arguments.peer_new, lambda seconds, tokens: None)
             del engine

@@ -1,6 +1,6 @@
 """Measures which tile sizes are the fastest on this Hopper GPU, and writes them as the table that the kernels read.
 
-    python benchmarks/tune.py FILE [--kernels flash_forward,paged_decode]
+    python benchmarks/tune.py FILE [--kernels flash_forward,flash_backward,paged_decode]
 
 FILE is pallas_kernels/tuned/GPU.json for one that is to ship. For each kernel and head dim, every candidate is timed on
 a few problems, beside all others in turns; the one with the least geometric mean of times wins. Each time is printed
@@ -12,7 +12,8 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 from measure import ON_GPU, compile_all, seconds
 from paged_attention import CHAINED, Problem, chained
 
-from pallas_kernels import flash_attention_mosaic, paged_attention_mosaic
+from pallas_kernels import flash_attention_mosaic, flash_attention_mosaic_backward, paged_attention_mosaic
 from pallas_kernels.attention_spec import AttentionOperands, AttentionSpec
 from pallas_kernels.devices import lacks_mosaic
+from pallas_kernels.flash_backward_config import BackwardConfig, default_config
 from pallas_kernels.flash_forward_config import ForwardConfig
 from pallas_kernels.paged_decode_config import fitting_config
 
@@ -57,21 +59,55 @@ def measure(rows: list[Row], problems: dict[Any, tuple[Callable, Callable]]) -> 
     return fastest(rows, times)
 
 
+def attention_problems(head_dim: int) -> Iterator[tuple[str, tuple[int, ...], AttentionSpec]]:
+    """Their names, shapes and masks."""
+    for length, causal in itertools.product((4096, 16384), (False, True)):
+        spec = AttentionSpec(head_dim**-0.5, upper=0 if causal else None)
+        yield f"head dim {head_dim}, length {length}, causal {causal}", (
+            16384 // length, length, 2048 // head_dim, head_dim
+        ), spec  # fmt: skip
+
+
+def arrays(shape: tuple[int, ...], count: int) -> tuple[jax.Array, ...]:
+    return tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(count))
+
+
 def flash_forward(head_dim: int) -> Row:
     rows = candidates(keys=(64, 128), warpgroups=(2, 3), stages=(2, 3))
     problems = {}
-    for length, causal in itertools.product((4096, 16384), (False, True)):
-        shape = 16384 // length, length, 2048 // head_dim, head_dim
-        spec = AttentionSpec(head_dim**-0.5, upper=0 if causal else None)
-
-        def make(shape: tuple[int, ...] = shape) -> tuple[jax.Array, ...]:
-            return tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3))
+    for name, shape, spec in attention_problems(head_dim):
 
         def function_of(row: Row, spec: AttentionSpec = spec) -> Callable:
             config = ForwardConfig(**row)
             return lambda q, k, v: flash_attention_mosaic.forward(q, k, v, AttentionOperands(), spec, config)
 
-        problems[f"flash_forward, head dim {head_dim}, length {length}, causal {causal}"] = make, function_of
+        problems[f"flash_forward, {name}"] = partial(arrays, shape, 3), function_of
+    return measure(rows, problems)
+
+
+def flash_backward(head_dim: int) -> Row:
+    """Under a causal mask half of a row's l2_mib is what the kernel takes."""
+    rows = candidates(l2_mib=(12, 24, 48, 96, 192, 384))
+    problems = {}
+    for name, shape, spec in attention_problems(head_dim):
+
+        def make(shape: tuple[int, ...] = shape) -> tuple[jax.Array, ...]:
+            B, T, N, _ = shape
+            return *arrays(shape, 4), jnp.full((B, N, T), math.log(T)), jnp.zeros((B, N, T))
+
+        def function_of(row: Row, spec: AttentionSpec = spec) -> Callable:
+            operands = AttentionOperands()
+            ((wanted, tiles),) = default_config(head_dim, operands, spec).launches
+            tiles = replace(tiles, l2_mib=row["l2_mib"] // (1 if spec.upper is None else 2))
+            config = BackwardConfig(((wanted, tiles),))
+
+            def gradients(q, k, v, dout, lse, delta):
+                backward = flash_attention_mosaic_backward.backward
+                return backward(q, k, v, operands, spec, lse, delta, dout, config)[:3]
+
+            return gradients
+
+        problems[f"flash_backward, {name}"] = make, function_of
     return measure(rows, problems)
 
 
@@ -98,6 +134,7 @@ def paged_decode(head_dim: int) -> Row:
 # Each with the head dims that are measured, and up to which one each of them serves.
 KERNELS: dict[str, tuple[Callable[[int], Row], dict[int, int]]] = {
     "flash_forward": (flash_forward, {64: 64, 128: 128, 256: 256}),
+    "flash_backward": (flash_backward, {64: 64, 128: 128}),
     "paged_decode": (paged_decode, {64: 64, 128: 256}),
 }
 

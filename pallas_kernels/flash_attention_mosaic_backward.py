@@ -254,7 +254,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     tables = visits.tables()
     stepped_bytes = 2 * math.prod(step_arrays[0].shape) * query.dtype.itemsize
     stepped_bytes *= 1 + launch.fused  # dQ in float32 is as large as Q and dO
-    members = _members(B * launch.heads, stepped_bytes // (B * launch.heads), tiles.l2_bytes)
+    members = _members(B * launch.heads, stepped_bytes // (B * launch.heads), tiles.l2_mib * 2**20)
     outputs = {name: jax.ShapeDtypeStruct(own_arrays[0].shape, query.dtype) for name in wanted}
     turns = ()
     if launch.fused:

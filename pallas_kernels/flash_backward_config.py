@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .attention_spec import AttentionOperands, AttentionSpec
+from .tuned_tables import tuned
 
 Gradient = Literal["dq", "dk", "dv"]
 ALL: tuple[Gradient, ...] = ("dk", "dv", "dq")  # fused
@@ -19,9 +20,8 @@ class TileConfig:
     """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots.
 
     overlaps: dP is computed under the exponentials of S, and takes registers beside them; always where fused.
-    l2_bytes: what the heads that run side by side step through. H100 and H200 have 50 MiB of cache, but the blocks of
-      more heads wait less for each other's turns, and all of a head's blocks are at about the same tile. Under a causal
-      mask half as much is faster.
+    l2_mib: MiB that the heads that run side by side step through. Cache is 50, but the blocks of more heads wait less
+      for each other's turns, and all of a head's blocks are at about the same tile.
     dq_tiles: fused, how many steps' dQ may wait for their turn to be added.
     """
 
@@ -30,7 +30,7 @@ class TileConfig:
     warpgroups: int = 2
     stages: int = 2
     overlaps: bool = True
-    l2_bytes: int = 24 * 2**20
+    l2_mib: int = 24
     dq_tiles: int = 1
 
     @property
@@ -49,7 +49,8 @@ class BackwardConfig:
 def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> BackwardConfig:
     """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
-    Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128.
+    Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128. Under a causal
+    mask half of the tuned `l2_mib` is faster.
     Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
     together do, do not fit: there dK and dV are launches of their own.
     """
@@ -61,10 +62,10 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         if head_dim <= 64 and not (capped and segmented and dropping):
             fused = TileConfig(step=128)
         elif 64 < head_dim <= 128 and not (capped or segmented):
-            fused = TileConfig(l2_bytes=192 * 2**20, dq_tiles=2)
+            fused = TileConfig(dq_tiles=2)
         if fused is not None:
-            l2_bytes = fused.l2_bytes // (1 if spec.upper is None else 2)
-            return BackwardConfig(((ALL, replace(fused, l2_bytes=l2_bytes)),))
+            l2_mib = tuned("flash_backward", head_dim)["l2_mib"]
+            return BackwardConfig(((ALL, replace(fused, l2_mib=l2_mib if spec.upper is None else l2_mib // 2)),))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:

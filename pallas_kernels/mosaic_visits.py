@@ -71,8 +71,13 @@ class Visits:
     @property
     def partial_after(self) -> bool:
         """Whether a run may end with such tiles."""
+        return self.masked_after or self.own.lengths is not None
+
+    @property
+    def masked_after(self) -> bool:
+        """Whether a run may end with tiles that a warpgroup sees in part."""
         tail = self.mask_tail and (self.step.length % self.step.tile != 0 or self.step.lengths is not None)
-        return tail or self.band[1] is not None or self.own.segments is not None or self.own.lengths is not None
+        return tail or self.band[1] is not None or self.own.segments is not None
 
     @property
     def masks_entries(self) -> bool:
