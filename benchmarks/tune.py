@@ -86,8 +86,8 @@ def flash_forward(head_dim: int) -> Row:
 
 
 def flash_backward(head_dim: int) -> Row:
-    """Under a causal mask half of a row's l2_mib is what the kernel takes."""
-    rows = candidates(l2_mib=(12, 24, 48, 96, 192, 384))
+    """Under a causal mask the kernel takes twice a row's heads."""
+    rows = candidates(heads=(1, 2, 4, 8, 16, 32))
     problems = {}
     for name, shape, spec in attention_problems(head_dim):
 
@@ -98,7 +98,7 @@ def flash_backward(head_dim: int) -> Row:
         def function_of(row: Row, spec: AttentionSpec = spec) -> Callable:
             operands = AttentionOperands()
             ((wanted, tiles),) = default_config(head_dim, operands, spec).launches
-            tiles = replace(tiles, l2_mib=row["l2_mib"] // (1 if spec.upper is None else 2))
+            tiles = replace(tiles, heads=row["heads"] * (1 if spec.upper is None else 2))
             config = BackwardConfig(((wanted, tiles),))
 
             def gradients(q, k, v, dout, lse, delta):

@@ -233,6 +233,8 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     step = Side(tiles.step, *(queries if owns_keys else keys))
     band = (spec.lower, spec.upper)
     kept = kept_tiles(operands.block_mask, own, step, transpose=owns_keys)
+    pairs = B * (K if owns_keys else N)
+    members = max(d for d in range(1, min(tiles.heads, pairs) + 1) if pairs % d == 0)
     visits = Visits(own, step, tiles.warpgroups, transposed(*band) if owns_keys else band, not owns_keys, kept)
     launch = Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)
 
@@ -252,9 +254,6 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
         inputs["own_segments"] = padded(own.segments, own_padding, 0)
         inputs["step_segments"] = padded(step.segments, step_padding, 0)
     tables = visits.tables()
-    stepped_bytes = 2 * math.prod(step_arrays[0].shape) * query.dtype.itemsize
-    stepped_bytes *= 1 + launch.fused  # dQ in float32 is as large as Q and dO
-    members = _members(B * launch.heads, stepped_bytes // (B * launch.heads), tiles.l2_mib * 2**20)
     outputs = {name: jax.ShapeDtypeStruct(own_arrays[0].shape, query.dtype) for name in wanted}
     turns = ()
     if launch.fused:
@@ -277,8 +276,8 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     results = plgpu.kernel(
         kernel,
         out_type=list(outputs.values()),
-        grid=(members, visits.blocks, B * launch.heads // members),
-        grid_names=("member", "block", "section"),
+        grid=(pairs // members, visits.blocks, members),  # in this order: the last axis varies fastest
+        grid_names=("section", "block", "member"),
         num_threads=tiles.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[fused_memory(launch) if launch.fused else launch.memory()],
@@ -297,8 +296,3 @@ def _finished(
     visited = jnp.repeat(visits.visited(), visits.step.tile, 2)[..., None, None]
     dq = jnp.where(visited.swapaxes(0, 1), dq, 0.0).sum(0) if interpreted() else jnp.where(visited.any(1), dq, 0.0)
     return (dq[:, :T] * scale).astype(dtype)
-
-
-def _members(pairs: int, bytes_each: int, l2_bytes: int) -> int:
-    """How many (sequence, head) pairs run side by side, a divisor of all: what they step through fits in L2."""
-    return max(d for d in range(1, pairs + 1) if pairs % d == 0 and (d == 1 or d * bytes_each <= l2_bytes))

@@ -20,8 +20,8 @@ class TileConfig:
     """Tiles of one launch: a warpgroup owns `own` rows and steps through tiles of `step` rows in a ring of slots.
 
     overlaps: dP is computed under the exponentials of S, and takes registers beside them; always where fused.
-    l2_mib: MiB that the heads that run side by side step through. Cache is 50, but the blocks of more heads wait less
-      for each other's turns, and all of a head's blocks are at about the same tile.
+    heads: how many (sequence, head) pairs run side by side. The blocks of few find more of each other's tiles in the
+      cache, those of many wait less for each other's turns.
     dq_tiles: fused, how many steps' dQ may wait for their turn to be added.
     """
 
@@ -30,7 +30,7 @@ class TileConfig:
     warpgroups: int = 2
     stages: int = 2
     overlaps: bool = True
-    l2_mib: int = 24
+    heads: int = 8
     dq_tiles: int = 1
 
     @property
@@ -50,7 +50,7 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
     Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128. Under a causal
-    mask half of the tuned `l2_mib` is faster.
+    mask, where blocks wait more, twice the tuned heads are faster.
     Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
     together do, do not fit: there dK and dV are launches of their own.
     """
@@ -64,8 +64,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         elif 64 < head_dim <= 128 and not (capped or segmented):
             fused = TileConfig(dq_tiles=2)
         if fused is not None:
-            l2_mib = tuned("flash_backward", head_dim)["l2_mib"]
-            return BackwardConfig(((ALL, replace(fused, l2_mib=l2_mib if spec.upper is None else l2_mib // 2)),))
+            heads = tuned("flash_backward", head_dim)["heads"]
+            return BackwardConfig(((ALL, replace(fused, heads=heads if spec.upper is None else 2 * heads)),))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:
