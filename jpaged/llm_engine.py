@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
@@ -271,7 +271,7 @@ class LLMEngine:
         while len(self._flights) < 2:
             with interrupts.held_back():
                 output = self._scheduler.schedule()
-                self._report(output.ended)
+                self._report(*output.ended)
                 step = None
                 if not output.is_empty:
                     self._note_start(output)
@@ -315,7 +315,7 @@ class LLMEngine:
         """A step failed: the requests in those under way end, and for all others the cache is as good as lost."""
         with interrupts.held_back():
             failed = self._scheduler.fail(f"a step failed: {type(error).__name__}: {error}")
-            self._report(group.request_id for group in failed)
+            self._report(*[group.request_id for group in failed])
             self._lose_the_cache()
 
     def _lose_the_cache(self) -> None:
@@ -345,7 +345,7 @@ class LLMEngine:
             if isinstance(request, BeamSearchRequest):
                 beams.setdefault(request, {})[sequence.seq_id] = sampled
             elif isinstance(request, SamplingRequest):
-                self._report([request.group.request_id])
+                self._report(request.group.request_id)
                 if request.take(sequence.seq_id, sampled) and sequence.finish_reason is None:
                     self._scheduler.finish(sequence.seq_id, "stop")
         for request, of_beams in beams.items():
@@ -368,7 +368,7 @@ class LLMEngine:
                 )
                 for sequence in request.group.unfinished():
                     self._scheduler.finish(sequence.seq_id, "error")
-                self._report([request.group.request_id])
+                self._report(request.group.request_id)
         return has_nan
 
     def _advance(self, request: BeamSearchRequest, sampled: dict[int, Sampled]) -> None:
@@ -392,7 +392,7 @@ class LLMEngine:
             self._scheduler.append_token(seq_id, token_id)
         request.beams = beams
         if not beams:
-            self._report([request.group.request_id])
+            self._report(request.group.request_id)
 
     def _take_prompt_logprobs(self, found: list[PromptLogprobs]) -> None:
         for seq_id, start, logprobs, top_token_ids, top_logprobs in found:
@@ -419,8 +419,9 @@ class LLMEngine:
         self._used_slots += held * self._blocks.block_size - self._scheduler.num_unused_slots
         self._peak_blocks = max(self._peak_blocks, held)
 
-    def _report(self, request_ids: Iterable[str]) -> None:
-        self._to_report |= dict.fromkeys(request_ids)
+    def _report(self, *request_ids: str) -> None:
+        for request_id in request_ids:
+            self._to_report[request_id] = None
 
     def _output(self, request: Request) -> RequestOutput:
         """The request as it stands; forgets it once it has ended."""

@@ -179,7 +179,11 @@ class SamplingRows:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         of_samples: list[tuple[int, _Edits]] = []
         is_early = positions < asked["suppress_until"]
-        for sample in np.flatnonzero(asked["has_edits"] | is_early).tolist():
+        are_edited = np.flatnonzero(asked["has_edits"] | is_early)
+        if not len(are_edited):
+            nothing = _no_edits()
+            return _ids(()), nothing.token, nothing.value, nothing.after
+        for sample in are_edited.tolist():
             row = int(rows[sample])
             of_samples.append((sample, self._always[row]))
             if is_early[sample]:
@@ -225,7 +229,9 @@ class SamplingRows:
 
 
 def pad(array: np.ndarray, length: int, value: float = 0) -> np.ndarray:
-    """A copy with `value` up to the length."""
+    """With `value` up to the length."""
+    if len(array) == length:
+        return array
     padded = np.full((length, *array.shape[1:]), value, array.dtype)
     padded[: len(array)] = array
     return padded

@@ -29,6 +29,7 @@ class TextStream:
     def __init__(self, detokenizer: Detokenizer | None, params: SamplingParams | None = None) -> None:
         self._detokenizer = detokenizer
         self._stop = params.stop if params else ()
+        self._most_held_back = max((len(stop) for stop in self._stop), default=1) - 1
         self._include_stop = params is not None and params.include_stop_str_in_output
         self._all = ""
         self.text = ""
@@ -36,9 +37,11 @@ class TextStream:
     def add(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Takes the next token; True if it completed a stop string, after which the text is final."""
         piece = self._detokenizer.add(token_id) if self._detokenizer else ""
+        if not piece:
+            return False
         searched = len(self._all)
         self._all += piece
-        if piece and may_stop:
+        if may_stop:
             starts = [self._all.find(stop, max(0, searched - len(stop) + 1)) for stop in self._stop]
             found = [(start, stop) for start, stop in zip(starts, self._stop, strict=True) if start >= 0]
             if found:
@@ -55,8 +58,7 @@ class TextStream:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._all)), 0, -1):
+        for length in range(min(self._most_held_back, len(self._all)), 0, -1):
             end = self._all[-length:]
             if any(len(stop) > length and stop.startswith(end) for stop in self._stop):
                 return length
