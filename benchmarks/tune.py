@@ -62,10 +62,9 @@ def measure(rows: list[Row], problems: dict[Any, tuple[Callable, Callable]]) -> 
 def attention_problems(head_dim: int) -> Iterator[tuple[str, tuple[int, ...], AttentionSpec]]:
     """Their names, shapes and masks."""
     for length, causal in itertools.product((4096, 16384), (False, True)):
+        shape = 16384 // length, length, 2048 // head_dim, head_dim
         spec = AttentionSpec(head_dim**-0.5, upper=0 if causal else None)
-        yield f"head dim {head_dim}, length {length}, causal {causal}", (
-            16384 // length, length, 2048 // head_dim, head_dim
-        ), spec  # fmt: skip
+        yield f"head dim {head_dim}, length {length}, causal {causal}", shape, spec
 
 
 def arrays(shape: tuple[int, ...], count: int) -> tuple[jax.Array, ...]:

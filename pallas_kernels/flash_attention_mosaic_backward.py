@@ -233,7 +233,7 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     step = Side(tiles.step, *(queries if owns_keys else keys))
     band = (spec.lower, spec.upper)
     kept = kept_tiles(operands.block_mask, own, step, transpose=owns_keys)
-    pairs = B * (K if owns_keys else N)
+    pairs = B * (K if owns_keys else N)  # of a sequence and a head
     members = max(d for d in range(1, min(tiles.heads, pairs) + 1) if pairs % d == 0)
     visits = Visits(own, step, tiles.warpgroups, transposed(*band) if owns_keys else band, not owns_keys, kept)
     launch = Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)

@@ -54,6 +54,14 @@ def store_tile(tile: Ref, target: Ref, index: tuple) -> None:
         plgpu.copy_smem_to_gmem(tile.at[panel], target.at[(*index, columns(panel))])
 
 
+def store_untiled(target: Ref, value: jax.Array) -> None:
+    """target[...] = value for shared memory as it is, where threads may meet on a bank."""
+    if hasattr(plgpu, "store") and not interpreted():  # jax 0.12 wants that said
+        plgpu.store(target, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        target[...] = value
+
+
 def multiply_transposed(accumulator: Ref, a: Ref, b: Ref) -> None:
     """accumulator += a b^T, two tiles; one wgmma group a panel."""
     for panel in range(a.shape[0]):

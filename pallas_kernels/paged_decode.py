@@ -37,6 +37,7 @@ from .mosaic_common import (
     load_tile,
     positions,
     slot,
+    store_untiled,
     tile_memory,
     tile_views,
 )
@@ -312,7 +313,7 @@ class _Block:
         for panel in range(panels):
             scaled = out[panel] * broadcast(1 / safe, out[panel].shape, 1)
             target = memory["out"].at[:, pl.ds(panel * PANEL, PANEL)].transpose((1, 0))
-            target[...] = plgpu.layout_cast(scaled.astype(self.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            store_untiled(target, plgpu.layout_cast(scaled.astype(self.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED))
         memory["lse"][...] = jnp.where(total > 0, m + jnp.log2(safe), -jnp.inf)
         plgpu.commit_smem()
         if launch.members == 1:

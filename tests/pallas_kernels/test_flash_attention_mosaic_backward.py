@@ -112,9 +112,12 @@ def test_mistakes_are_caught(name):
 @pytest.mark.parametrize("name", FUSED_MUTANTS)
 def test_mistakes_in_the_fused_kernel_are_caught(name, monkeypatch):
     mistake = FUSED_MUTANTS[name]
-    if mistake is not None:
-        monkeypatch.setattr(mosaic, "FusedBlock", mutant(fused, *mistake).FusedBlock)
-    assert is_caught(mosaic, FUSED) == (mistake is not None)
+    if mistake is None:
+        assert not is_caught(mosaic, FUSED)
+        return
+    monkeypatch.setattr(mosaic, "FusedBlock", mutant(fused, *mistake).FusedBlock)
+    # On a busy machine one warpgroup's thread may run so far ahead that a single run shows nothing.
+    assert any(is_caught(mosaic, FUSED) for _ in range(3))
 
 
 def test_delta_left_out_is_caught(monkeypatch):
