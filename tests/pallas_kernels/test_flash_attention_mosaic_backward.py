@@ -91,8 +91,8 @@ FUSED_MUTANTS = {
 }
 
 
-def is_caught(module, config):
-    case = Case(330, 70, N=1, K=1, H=64)
+def is_caught(module, config, queries=330):
+    case = Case(queries, 70, N=1, K=1, H=64)
     arrays, arguments, d_residual = problem(case)
     try:
         found, raced = run(case, arguments, config, module=module, runner=interpreted)
@@ -112,12 +112,10 @@ def test_mistakes_are_caught(name):
 @pytest.mark.parametrize("name", FUSED_MUTANTS)
 def test_mistakes_in_the_fused_kernel_are_caught(name, monkeypatch):
     mistake = FUSED_MUTANTS[name]
-    if mistake is None:
-        assert not is_caught(mosaic, FUSED)
-        return
-    monkeypatch.setattr(mosaic, "FusedBlock", mutant(fused, *mistake).FusedBlock)
-    # On a busy machine one warpgroup's thread may run so far ahead that a single run shows nothing.
-    assert any(is_caught(mosaic, FUSED) for _ in range(3))
+    if mistake is not None:
+        monkeypatch.setattr(mosaic, "FusedBlock", mutant(fused, *mistake).FusedBlock)
+    # dS that is not waited for shows in the numbers alone, at each of the steps with some chance: so there are many.
+    assert is_caught(mosaic, FUSED, queries=1290) == (mistake is not None)
 
 
 def test_delta_left_out_is_caught(monkeypatch):
