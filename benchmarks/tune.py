@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from paged_attention import CHAINED, Problem, chained
 from pallas_kernels import flash_attention_mosaic, flash_attention_mosaic_backward, paged_attention_mosaic
 from pallas_kernels.attention_spec import AttentionOperands, AttentionSpec
 from pallas_kernels.devices import lacks_mosaic
-from pallas_kernels.flash_backward_config import BackwardConfig, default_config
+from pallas_kernels.flash_backward_config import default_config, fused_config
 from pallas_kernels.flash_forward_config import ForwardConfig
 from pallas_kernels.paged_decode_config import fitting_config
 
@@ -85,7 +84,6 @@ def flash_forward(head_dim: int) -> Row:
 
 
 def flash_backward(head_dim: int) -> Row:
-    """Under a causal mask the kernel takes twice a row's heads."""
     rows = candidates(heads=(1, 2, 4, 8, 16, 32))
     problems = {}
     for name, shape, spec in attention_problems(head_dim):
@@ -96,9 +94,8 @@ def flash_backward(head_dim: int) -> Row:
 
         def function_of(row: Row, spec: AttentionSpec = spec) -> Callable:
             operands = AttentionOperands()
-            ((wanted, tiles),) = default_config(head_dim, operands, spec).launches
-            tiles = replace(tiles, heads=row["heads"] * (1 if spec.upper is None else 2))
-            config = BackwardConfig(((wanted, tiles),))
+            ((_, tiles),) = default_config(head_dim, operands, spec).launches
+            config = fused_config(tiles, spec, **row)
 
             def gradients(q, k, v, dout, lse, delta):
                 backward = flash_attention_mosaic_backward.backward

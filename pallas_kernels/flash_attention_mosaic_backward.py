@@ -233,10 +233,10 @@ def _run(wanted, tiles, operands, spec, query, key, value, dout, lse, delta) -> 
     step = Side(tiles.step, *(queries if owns_keys else keys))
     band = (spec.lower, spec.upper)
     kept = kept_tiles(operands.block_mask, own, step, transpose=owns_keys)
-    pairs = B * (K if owns_keys else N)  # of a sequence and a head
-    members = max(d for d in range(1, min(tiles.heads, pairs) + 1) if pairs % d == 0)
     visits = Visits(own, step, tiles.warpgroups, transposed(*band) if owns_keys else band, not owns_keys, kept)
     launch = Launch(wanted, tiles, spec, visits, N // K, K if owns_keys else N, H // PANEL, query.dtype)
+    pairs = B * launch.heads
+    members = max(d for d in range(1, min(tiles.heads, pairs) + 1) if pairs % d == 0)
 
     own_arrays, step_arrays = ((key, value), (query, dout)) if owns_keys else ((query, dout), (key, value))
     own_padding = visits.blocks * tiles.warpgroups * tiles.own - own.length

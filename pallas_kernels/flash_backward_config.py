@@ -49,8 +49,7 @@ class BackwardConfig:
 def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSpec) -> BackwardConfig:
     """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
-    Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128. Under a causal
-    mask, where blocks wait more, twice the tuned heads are faster.
+    Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128.
     Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
     together do, do not fit: there dK and dV are launches of their own.
     """
@@ -64,8 +63,7 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         elif 64 < head_dim <= 128 and not (capped or segmented):
             fused = TileConfig(dq_tiles=2)
         if fused is not None:
-            heads = tuned("flash_backward", head_dim)["heads"]
-            return BackwardConfig(((ALL, replace(fused, heads=heads if spec.upper is None else 2 * heads)),))
+            return fused_config(fused, spec, **tuned("flash_backward", head_dim))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:
@@ -78,3 +76,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     )
     dq = TileConfig(stages=1, warpgroups=1 if dropping else 2, overlaps=not (dropping or capped or windowed))
     return BackwardConfig(((("dk",), dk), (("dv",), tiles), (("dq",), dq)))
+
+
+def fused_config(tiles: TileConfig, spec: AttentionSpec, *, heads: int) -> BackwardConfig:
+    """One launch. Under a causal mask, where blocks wait more, twice the tuned `heads` are faster."""
+    return BackwardConfig(((ALL, replace(tiles, heads=heads if spec.upper is None else 2 * heads)),))

@@ -172,10 +172,10 @@ class FusedBlock(Block):
 
         # A loop that never masks is some 5 % faster than one that asks at every step.
         masked_before = visits.partial_before or self.has_tail
-        runs = [(0, after, True)] * visits.masked_after
-        runs += [(after if visits.masked_after else 0, whole if masked_before else self.steps, False)]
-        runs += [(whole, self.steps, True)] * masked_before
-        for start, stop, partial in runs:
+        first = after if visits.masked_after else 0
+        last = whole if masked_before else self.steps
+        runs = [(0, first, True)] * visits.masked_after + [(first, last, False)]
+        for start, stop, partial in runs + [(last, self.steps, True)] * masked_before:
 
             @pl.loop(start, stop)
             def _(number, partial=partial):
