@@ -20,7 +20,7 @@ test: lint  ## Lint, then run all tests (with ARGS="-k name" for pytest: those o
 	@$(if $(ARGS),,$(MAKE) --no-print-directory aot)
 
 aot: .venv-aot/ready  ## Compile the kernels for GPUs that are not here, and check their machine code (ARGS too)
-	@$(PY_AOT) -m pytest tests/aot $(ARGS)
+	@$(PY_AOT) -m pytest tests/aot $(if $(ARGS),$(ARGS),-n 2 --dist worksteal)
 
 lint: .venv/ready  ## ruff (rules and format) and pyright
 	@$(PY) -m ruff check --quiet .

@@ -113,8 +113,10 @@ class Block:
         """0, 1, ... along an axis of the tile."""
         return plgpu.broadcasted_iota(jnp.int32, (self.launch.shape[axis],), 0, layout=WGMMA.reduce(1 - axis))
 
-    def weights(self, product: jax.Array, start: Scalar, partial: Scalar, row_values: Callable) -> tuple:
-        """From Q K^T: P, and dS / scale as a factor of dP - delta.
+    def weights(
+        self, product: jax.Array, start: Scalar, partial: Scalar, row_values: Callable, place: tuple = ()
+    ) -> tuple[jax.Array, jax.Array]:
+        """From Q K^T: P, and dS / scale as a factor of dP - delta. start: of the step side; place: see `segments`.
 
         With dropout both are negative where the entry is dropped: the sign holds the bit that a register would.
         """
@@ -131,7 +133,7 @@ class Block:
         if (launch.visits.masks_entries or (launch.fused and self.has_tail)) and partial is not False:
 
             def masked() -> jax.Array:
-                return jnp.where(self.visible(start), p, 0.0)
+                return jnp.where(self.visible(start, place), p, 0.0)
 
             p = masked() if partial is True else lax.cond(partial, masked, lambda: p)
         return p, p if capped is None else p * (1.0 - capped * capped)
@@ -169,7 +171,7 @@ class Block:
         """Whether the last keys that are owned may not count."""
         return "key_lengths" in self.refs or self.launch.visits.own.length % self.tiles.own != 0
 
-    def visible(self, step_start: Scalar) -> jax.Array:
+    def visible(self, step_start: Scalar, place: tuple) -> jax.Array:
         """Which entries of a tile the masks show."""
         launch, shape = self.launch, self.launch.shape
         lower, upper = launch.visits.band
@@ -191,14 +193,15 @@ class Block:
         if launch.fused and self.has_tail:
             checks.append(own < self.key_end - first)
         if "own_segments" in self.refs:
-            places = (self.own_rows, pl.ds(step_start, shape[1]))
-            own_segments, step_segments = (
-                broadcast(
-                    plgpu.load(self.refs[name].at[self.b, place], layout=WGMMA.reduce(1 - axis), optimized=False),
-                    shape,
-                    axis,
-                )
-                for axis, (name, place) in enumerate(zip(("own_segments", "step_segments"), places, strict=True))
-            )
-            checks.append(own_segments == step_segments)
+            own_ids, step_ids = (broadcast(ids, shape, i) for i, ids in enumerate(self.segments(step_start, place)))
+            checks.append(own_ids == step_ids)
         return functools.reduce(operator.and_, checks)
+
+    def segments(self, step_start: Scalar, place: tuple) -> list[jax.Array]:
+        """The segment ids along both axes of a tile, from device memory. place: where in shared memory the tile is."""
+        return [
+            plgpu.load(self.refs[name].at[self.b, rows], layout=WGMMA.reduce(1 - axis), optimized=False)
+            for axis, (name, rows) in enumerate(
+                (("own_segments", self.own_rows), ("step_segments", pl.ds(step_start, self.launch.shape[1])))
+            )
+        ]

@@ -185,17 +185,17 @@ class RangedVisits:
 
     def __init__(self, visits: Visits, tables: tuple[Ref, ...], b: Scalar, block: Scalar):
         self._visits, self._tables, self._b, self._block = visits, tables, b, block
-        if tables:
-            per_block = tables[1]
-            whole = TileRange(*(per_block[_pick(per_block, 0, b), block, i] for i in range(4)))
-        else:
-            whole = self._of_rows(block * (visits.own.tile * visits.warpgroups), visits.own.tile * visits.warpgroups)
-        self._start, self._full_start, self._full_stop, self._stop = whole
+        self._start, self._full_start, self._full_stop, self._stop = self._of_block(b, block)
         self.count = self._stop - self._start
 
     def tile(self, index: Scalar) -> Scalar:
         """The number of the tile that the block loads as its `index`-th."""
         return self._start + index
+
+    def is_partial(self, tile: Scalar) -> bool | Array:
+        """Whether a warpgroup may see the tile in part. The bounds are found anew, which no loop has to keep."""
+        _, full_start, full_stop, _ = self._of_block(*lax.optimization_barrier((self._b, self._block)))
+        return (tile < full_start) | (tile >= full_stop)
 
     def sweep(self, warpgroup: Scalar, idle: Callable[[Scalar], None], step: Callable[[Scalar, Scalar, Scalar], None]):
         """Runs step(index, tile, whether some entries are hidden) for the tiles that the warpgroup sees, and
@@ -223,6 +223,13 @@ class RangedVisits:
         if hides is not False:
             full_start, full_stop = (jnp.where(hides, self._stop, bound) for bound in (full_start, full_stop))
         return self._stop - full_stop, self._stop - full_start
+
+    def _of_block(self, b: Scalar, block: Scalar) -> TileRange:
+        if self._tables:
+            per_block = self._tables[1]
+            return TileRange(*(per_block[_pick(per_block, 0, b), block, i] for i in range(4)))
+        rows = self._visits.own.tile * self._visits.warpgroups
+        return self._of_rows(block * rows, rows)
 
     def _of_warpgroup(self, warpgroup: Scalar) -> TileRange:
         visits = self._visits

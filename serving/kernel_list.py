@@ -86,6 +86,7 @@ FLASH_OPTIONS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "window": lambda shape: {"is_causal": True, "local_window_size": (shape.length // 4, 0)},
     "soft-cap": lambda shape: {"is_causal": True, "logits_soft_cap": 30.0},
     "lengths": lambda shape: {"key_value_seq_lengths": jnp.full(shape.B, shape.length, jnp.int32)},
+    "window-lengths": lambda shape: FLASH_OPTIONS["window"](shape) | FLASH_OPTIONS["lengths"](shape),
     "segments": lambda shape: {"is_causal": True, "segment_ids": jnp.zeros((shape.B, shape.length), jnp.int32)},
     "block-mask": lambda shape: {"block_mask": BlockMask.butterfly(shape.length, shape.length)},
     "dropout": lambda shape: {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},

@@ -32,6 +32,7 @@ PADDING_AND_SEGMENTS = [
     Case(200, 200, N=2, data=("segment_ids",)),
     Case(131, 200, N=2, data=("two_segment_ids",), options={"local_window_size": 40}),
     Case(131, 131, N=2, K=1, data=("segment_ids", "key_value_seq_lengths"), options={"is_causal": True}),
+    Case(260, 200, N=2, K=1, H=128, data=("key_value_seq_lengths",), options={"local_window_size": (64, 8)}),
 ]
 SOFT_CAP_AND_DROPOUT = [
     Case(130, 70, N=2, H=64, options={"logits_soft_cap": 5.0}),

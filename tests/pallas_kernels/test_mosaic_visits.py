@@ -85,8 +85,10 @@ class TestBand:
         visits = of_keys(band)
         lower, upper = band
         for block, path in enumerate(paths(visits)):
-            after, whole = RangedVisits(visits, (), jnp.int32(0), jnp.int32(block)).runs_from_last(hides=False)
+            ranged = RangedVisits(visits, (), jnp.int32(0), jnp.int32(block))
+            after, whole = ranged.runs_from_last(hides=False)
             assert 0 <= after <= whole <= len(path)
+            assert [tile for tile in path if not ranged.is_partial(tile)] == path[after:whole]
             for tile in path[after:whole]:
                 keys = block * 2 * TILE + np.arange(2 * TILE)
                 distance = keys[None] - (tile * TILE + np.arange(TILE))[:, None]
