@@ -6,6 +6,7 @@
 
 PY := .venv/bin/python
 PY_AOT := .venv-aot/bin/python
+PARALLEL := -n 2 --dist worksteal
 # pyright would ask the package index for a newer self at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -16,11 +17,11 @@ demo: .venv/ready  ## Answer a handful of prompts with the demo model
 	@$(PY) examples/demo.py
 
 test: lint  ## Lint, then run all tests (with ARGS="-k name" for pytest: those of the CPU that it selects)
-	@$(PY) -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist worksteal)
+	@$(PY) -m pytest $(or $(ARGS),$(PARALLEL))
 	@$(if $(ARGS),,$(MAKE) --no-print-directory aot)
 
 aot: .venv-aot/ready  ## Compile the kernels for GPUs that are not here, and check their machine code (ARGS too)
-	@$(PY_AOT) -m pytest tests/aot $(if $(ARGS),$(ARGS),-n 2 --dist worksteal)
+	@$(PY_AOT) -m pytest tests/aot $(or $(ARGS),$(PARALLEL))
 
 lint: .venv/ready  ## ruff (rules and format) and pyright
 	@$(PY) -m ruff check --quiet .

@@ -83,7 +83,12 @@ class Launch:
             if self.spec.dropout_rate > 0.0:
                 copies += 1
                 memory["row_keys"] = plgpu.SMEM((stages, 2, self.tiles.step), jnp.uint32)
-        memory["own_full"] = plgpu.Barrier(num_arrivals=self.panels * (1 + self.sums_ds), num_barriers=warpgroups)
+        own_copies = self.panels * (1 + self.sums_ds)
+        if self.fused and self.visits.step.segments is not None:
+            copies, own_copies = copies + 1, own_copies + 1
+            memory["step_segments"] = plgpu.SMEM((stages, self.tiles.step), jnp.int32)
+            memory["own_segments"] = plgpu.SMEM((warpgroups, self.tiles.own), jnp.int32)
+        memory["own_full"] = plgpu.Barrier(num_arrivals=own_copies, num_barriers=warpgroups)
         memory["full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
         memory["free"] = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
         if interpreted():
@@ -198,10 +203,13 @@ class Block:
         return functools.reduce(operator.and_, checks)
 
     def segments(self, step_start: Scalar, place: tuple) -> list[jax.Array]:
-        """The segment ids along both axes of a tile, from device memory. place: where in shared memory the tile is."""
-        return [
-            plgpu.load(self.refs[name].at[self.b, rows], layout=WGMMA.reduce(1 - axis), optimized=False)
-            for axis, (name, rows) in enumerate(
-                (("own_segments", self.own_rows), ("step_segments", pl.ds(step_start, self.launch.shape[1])))
-            )
-        ]
+        """The segment ids along both axes of a tile, where fused from shared memory, at `place` in the ring.
+
+        Split, at head dim 256, the kernels have no registers for that.
+        """
+        if "own_segments" in self.memory:
+            sides = self.memory["own_segments"].at[self.warpgroup], self.memory["step_segments"].at[place]
+        else:
+            step = pl.ds(step_start, self.launch.shape[1])
+            sides = self.refs["own_segments"].at[self.b, self.own_rows], self.refs["step_segments"].at[self.b, step]
+        return [plgpu.load(ids, layout=WGMMA.reduce(1 - axis), optimized=False) for axis, ids in enumerate(sides)]

@@ -10,7 +10,6 @@ The warpgroup that loads also waits and adds; the computing ones wait only when 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -46,13 +45,7 @@ def memory(launch: Launch) -> dict[str, Any]:
     tiles = launch.tiles
     ds = (tiles.stages, tiles.warpgroups, tiles.step // PANEL, tiles.own, PANEL)
     dq = (tiles.dq_tiles, tiles.warpgroups, PANEL, PANEL)
-    memory = launch.memory()
-    if launch.visits.step.segments is not None:
-        # Those of the ring's slots, then the warpgroups' own. Read from device memory they took registers too many.
-        memory["segments"] = plgpu.SMEM((tiles.stages * tiles.step + tiles.warpgroups * tiles.own,), jnp.int32)
-        memory["full"] = replace(memory["full"], num_arrivals=memory["full"].num_arrivals + 1)
-        memory["own_full"] = replace(memory["own_full"], num_arrivals=memory["own_full"].num_arrivals + 1)
-    return memory | {
+    return launch.memory() | {
         "ds": plgpu.SMEM(ds, launch.dtype, transforms=(TILING, SWIZZLE)),
         "dq": plgpu.SMEM(dq, jnp.float32, transforms=(FLOAT_TILING, SWIZZLE)),
         # [0]: all that compute are there; those after: a tile of dQ is free. In one, whose phases are one register.
@@ -87,9 +80,9 @@ class FusedBlock(Block):
             for name in ("own0", "own1"):
                 tile = tile_views(memory[name])[0].at[warpgroup]
                 load_tile(self.refs[name], place, tile, memory["own_full"].at[warpgroup])
-            if "segments" in memory:
+            if "own_segments" in memory:
                 ids = self.refs["own_segments"].at[place[:2]]
-                plgpu.copy_gmem_to_smem(ids, self.own_segments(warpgroup), memory["own_full"].at[warpgroup])
+                plgpu.copy_gmem_to_smem(ids, memory["own_segments"].at[warpgroup], memory["own_full"].at[warpgroup])
         pl.loop(0, stages)(lambda number: pl.when(number < self.steps)(lambda: self.fill(number)))
 
         @pl.loop(0, self.steps)
@@ -132,9 +125,8 @@ class FusedBlock(Block):
         for name in ("rows", "row_keys"):
             if name in memory:
                 plgpu.copy_gmem_to_smem(refs[name].at[b, head, :, rows], memory[name].at[at], full)
-        if "segments" in memory:
-            ids = memory["segments"].at[pl.ds(at * self.tiles.step, self.tiles.step)]
-            plgpu.copy_gmem_to_smem(refs["step_segments"].at[b, rows], ids, full)
+        if "step_segments" in memory:
+            plgpu.copy_gmem_to_smem(refs["step_segments"].at[b, rows], memory["step_segments"].at[at], full)
         load_tile(refs["step1"], (b, rows, head), tile_views(memory["step1"])[0].at[at], full)
 
     def add(self, number: Scalar, at: Scalar) -> None:
@@ -181,16 +173,15 @@ class FusedBlock(Block):
     def sum(self, accumulators: Sequence[Ref]) -> list[jax.Array]:
         """Runs all steps; returns the sums."""
         visits = self.launch.visits
-        after, whole = (count * self.launch.group for count in self.visits.runs_from_last(self.tail()))
-
         masked_before = visits.partial_before or self.has_tail
-        first = after if visits.masked_after else 0
-        last = whole if masked_before else self.steps
         if visits.masked_after and masked_before and self.refs["tables"] and self.launch.panels > 1:
-            # For three loops whose ends are read from memory it has no registers at head dim 128.
+            # At head dim 128 the compiler has no registers for three loops whose ends are read from memory.
             runs = [(0, self.steps, lambda number: self.visits.is_partial(self.place(number)[1]) | self.tail())]
         else:
             # A loop that never masks is some 5 % faster than one that asks at every step.
+            after, whole = (count * self.launch.group for count in self.visits.runs_from_last(self.tail()))
+            first = after if visits.masked_after else 0
+            last = whole if masked_before else self.steps
             runs = [(0, first, lambda number: True)] * visits.masked_after + [(first, last, lambda number: False)]
             runs += [(last, self.steps, lambda number: True)] * masked_before
         for start, stop, partial in runs:
@@ -238,7 +229,7 @@ class FusedBlock(Block):
         multiply_transposed(s, keys, queries)
         multiply_transposed(dp, values, douts)
         logits = plgpu.wgmma_accumulator_load(s, wait_n=panels)
-        p, weight = self.weights(logits, tile * self.tiles.step + part * PANEL, partial, row_values, (at, part))
+        p, weight = self.weights(logits, tile * self.tiles.step + part * PANEL, partial, row_values, (at, rows))
         product = plgpu.wgmma_accumulator_load(dp, wait_n=0)
         ds = self.logit_gradient(weight, product, row_values("rows", 1)).astype(launch.dtype)
         # Both before either is multiplied: what that takes is in registers until it is done.
@@ -265,18 +256,6 @@ class FusedBlock(Block):
         memory["dq"].at[at, mine][...] = dq
         plgpu.commit_smem()
         plgpu.barrier_arrive(memory["dq_full"].at[at])
-
-    def own_segments(self, warpgroup: Scalar) -> Ref:
-        """The segment ids of a warpgroup's keys."""
-        before = self.tiles.stages * self.tiles.step
-        return self.memory["segments"].at[pl.ds(before + warpgroup * self.tiles.own, self.tiles.own)]
-
-    def segments(self, step_start: Scalar, place: tuple) -> list[jax.Array]:
-        """The segment ids along both axes of a tile, whose place is a slot and which 64 of its queries."""
-        at, part = place
-        step = self.memory["segments"].at[pl.ds(at * self.tiles.step + part * PANEL, PANEL)]
-        sides = self.own_segments(self.warpgroup), step
-        return [plgpu.load(ids, layout=WGMMA.reduce(1 - axis)) for axis, ids in enumerate(sides)]
 
     def tail(self) -> Scalar:
         """Whether there are keys in the block that do not count."""

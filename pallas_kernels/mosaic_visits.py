@@ -185,7 +185,7 @@ class RangedVisits:
 
     def __init__(self, visits: Visits, tables: tuple[Ref, ...], b: Scalar, block: Scalar):
         self._visits, self._tables, self._b, self._block = visits, tables, b, block
-        self._start, self._full_start, self._full_stop, self._stop = self._of_block(b, block)
+        self._start, self._full_start, self._full_stop, self._stop = self._range(b, block, visits.warpgroups)
         self.count = self._stop - self._start
 
     def tile(self, index: Scalar) -> Scalar:
@@ -194,14 +194,15 @@ class RangedVisits:
 
     def is_partial(self, tile: Scalar) -> bool | Array:
         """Whether a warpgroup may see the tile in part. The bounds are found anew, which no loop has to keep."""
-        _, full_start, full_stop, _ = self._of_block(*lax.optimization_barrier((self._b, self._block)))
+        b, block = lax.optimization_barrier((self._b, self._block))
+        _, full_start, full_stop, _ = self._range(b, block, self._visits.warpgroups)
         return (tile < full_start) | (tile >= full_stop)
 
     def sweep(self, warpgroup: Scalar, idle: Callable[[Scalar], None], step: Callable[[Scalar, Scalar, Scalar], None]):
         """Runs step(index, tile, whether some entries are hidden) for the tiles that the warpgroup sees, and
         idle(index) for the others."""
         visits = self._visits
-        own = self._of_warpgroup(warpgroup)
+        own = self._range(self._b, self._block * visits.warpgroups + warpgroup, 1)
         start, full_start, full_stop, stop = (_clip(bound, self._start, self._stop) for bound in own)
 
         def skipped(tile):
@@ -224,24 +225,14 @@ class RangedVisits:
             full_start, full_stop = (jnp.where(hides, self._stop, bound) for bound in (full_start, full_stop))
         return self._stop - full_stop, self._stop - full_start
 
-    def _of_block(self, b: Scalar, block: Scalar) -> TileRange:
+    def _range(self, b: Scalar, index: Scalar, tiles: int) -> TileRange:
+        """What the `index`-th run of so many tiles of `own` sees; as many as a warpgroup's or a block's."""
         if self._tables:
-            per_block = self._tables[1]
-            return TileRange(*(per_block[_pick(per_block, 0, b), block, i] for i in range(4)))
-        rows = self._visits.own.tile * self._visits.warpgroups
-        return self._of_rows(block * rows, rows)
-
-    def _of_warpgroup(self, warpgroup: Scalar) -> TileRange:
-        visits = self._visits
-        tile = self._block * visits.warpgroups + warpgroup
-        if self._tables:
-            per_own = self._tables[0]
-            return TileRange(*(per_own[_pick(per_own, 0, self._b), tile, i] for i in range(4)))
-        return self._of_rows(tile * visits.own.tile, visits.own.tile)
-
-    def _of_rows(self, first: Scalar, rows: int) -> TileRange:
-        step = self._visits.step
-        length = step.length if self._visits.mask_tail else step.tiles * step.tile
+            per_own, per_block = self._tables
+            table = per_own if tiles == 1 else per_block
+            return TileRange(*(table[_pick(table, 0, b), index, i] for i in range(4)))
+        rows, step = self._visits.own.tile * tiles, self._visits.step
+        first, length = index * rows, step.length if self._visits.mask_tail else step.tiles * step.tile
         return tile_range(first, first + (rows - 1), length, step.tile, *self._visits.band)
 
 
