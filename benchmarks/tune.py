@@ -1,6 +1,6 @@
 """Measures which tile sizes are the fastest on this Hopper GPU, and writes them as the table that the kernels read.
 
-    python benchmarks/tune.py FILE [--kernels flash_forward,flash_backward,paged_decode]
+    python benchmarks/tune.py FILE [--kernels flash_forward,flash_backward,flash_backward_packed,paged_decode]
 
 FILE is pallas_kernels/tuned/GPU.json for one that is to ship. For each kernel and head dim, every candidate is timed on
 a few problems, beside all others in turns; the one with the least geometric mean of times wins. Each time is printed
@@ -83,27 +83,28 @@ def flash_forward(head_dim: int) -> Row:
     return measure(rows, problems)
 
 
-def flash_backward(head_dim: int) -> Row:
+def flash_backward(head_dim: int, *, packed: bool = False) -> Row:
+    """packed: of documents of 1,000 tokens."""
     rows = candidates(heads=(1, 2, 4, 8, 16, 32))
     problems = {}
     for name, shape, spec in attention_problems(head_dim):
 
         def make(shape: tuple[int, ...] = shape) -> tuple[jax.Array, ...]:
             B, T, N, _ = shape
-            return *arrays(shape, 4), jnp.full((B, N, T), math.log(T)), jnp.zeros((B, N, T))
+            segments = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) // 1000
+            return *arrays(shape, 4), jnp.full((B, N, T), math.log(T)), jnp.zeros((B, N, T)), segments
 
         def function_of(row: Row, spec: AttentionSpec = spec) -> Callable:
-            operands = AttentionOperands()
-            ((_, tiles),) = default_config(head_dim, operands, spec).launches
-            config = fused_config(tiles, spec, **row)
-
-            def gradients(q, k, v, dout, lse, delta):
+            def gradients(q, k, v, dout, lse, delta, segments):
+                ids = segments if packed else None
+                operands = AttentionOperands(query_segments=ids, key_segments=ids)
+                ((_, tiles),) = default_config(head_dim, operands, spec).launches
                 backward = flash_attention_mosaic_backward.backward
-                return backward(q, k, v, operands, spec, lse, delta, dout, config)[:3]
+                return backward(q, k, v, operands, spec, lse, delta, dout, fused_config(tiles, spec, **row))[:3]
 
             return gradients
 
-        problems[f"flash_backward, {name}"] = make, function_of
+        problems[f"flash_backward{', packed' * packed}, {name}"] = make, function_of
     return measure(rows, problems)
 
 
@@ -131,6 +132,7 @@ def paged_decode(head_dim: int) -> Row:
 KERNELS: dict[str, tuple[Callable[[int], Row], dict[int, int]]] = {
     "flash_forward": (flash_forward, {64: 64, 128: 128, 256: 256}),
     "flash_backward": (flash_backward, {64: 64, 128: 128}),
+    "flash_backward_packed": (partial(flash_backward, packed=True), {64: 64, 128: 128}),
     "paged_decode": (paged_decode, {64: 64, 128: 256}),
 }
 

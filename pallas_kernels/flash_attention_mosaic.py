@@ -7,8 +7,7 @@ with P kept in registers. While one has its softmax, the tensor cores work for t
 """
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,19 +104,22 @@ class _Launch:
         """The shared memory of a block."""
         config, panels, dtype = self.config, self.panels, self.dtype
         rows, keys, warpgroups, stages = config.rows, config.keys, config.warpgroups, config.stages
-        full = plgpu.Barrier(num_arrivals=panels, num_barriers=stages)
+        segmented = self.visits.step.segments is not None
         free = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
         memory = {
             "q": tile_memory(warpgroups, panels, rows, PANEL, dtype=dtype),
             "k": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
             "v": tile_memory(stages, panels, keys, PANEL, dtype=dtype),
             "lse": plgpu.SMEM((warpgroups, rows), jnp.float32),
-            "q_full": plgpu.Barrier(num_arrivals=panels, num_barriers=warpgroups),
-            "k_full": full,
-            "v_full": full,
+            "q_full": plgpu.Barrier(num_arrivals=panels + segmented, num_barriers=warpgroups),
+            "k_full": plgpu.Barrier(num_arrivals=panels + segmented, num_barriers=stages),
+            "v_full": plgpu.Barrier(num_arrivals=panels, num_barriers=stages),
             "k_free": free,
             "v_free": free,
         }
+        if segmented:
+            memory["q_segments"] = plgpu.SMEM((warpgroups, rows), jnp.int32)
+            memory["k_segments"] = plgpu.SMEM((stages, keys), jnp.int32)
         if interpreted():
             vector = plgpu.SMEM((warpgroups, rows), jnp.float32)
             memory["staging"] = plgpu.SMEM((warpgroups, rows, keys), dtype)
@@ -144,18 +146,21 @@ class _Block:
         """The part of the warpgroup that fills the rings of keys and values."""
         config, memory = self.config, self.memory
         plgpu.set_max_registers(config.registers[1], action="decrease")
-        rings = [(self.refs[x], tile_views(memory[x])[0], memory[f"{x}_full"], memory[f"{x}_free"]) for x in "kv"]
+        rings = {x: (tile_views(memory[x])[0], memory[f"{x}_full"], memory[f"{x}_free"]) for x in "kv"}
         head = lax.div(self.head, jnp.int32(self.launch.group))
 
         @pl.loop(0, self.visits.count)
         def _(index):
             at = slot(index, config.stages)
-            place = (self.b, pl.ds(self.visits.tile(index) * config.keys, config.keys), head)
-            for source, tiles, full, free in rings:
+            keys = pl.ds(self.visits.tile(index) * config.keys, config.keys)
+            for x, (tiles, full, free) in rings.items():
                 pl.when(index >= config.stages)(lambda free=free: plgpu.barrier_wait(free.at[at]))
-                load_tile(source, place, tiles.at[at], full.at[at])
+                load_tile(self.refs[x], (self.b, keys, head), tiles.at[at], full.at[at])
+                if f"{x}_segments" in memory:
+                    ids = self.refs[f"{x}_segments"].at[self.b, keys]
+                    plgpu.copy_gmem_to_smem(ids, memory[f"{x}_segments"].at[at], full.at[at])
 
-        for _, _, _, free in rings:
+        for _, _, free in rings.values():
             drain(self.visits.count, config.stages, free)
 
     def compute(self) -> None:
@@ -164,8 +169,11 @@ class _Block:
         q_tma, _ = tile_views(self.memory["q"])
         q_full = self.memory["q_full"].at[self.warpgroup]
         load_tile(self.refs["q"], (self.b, self.rows, self.head), q_tma.at[self.warpgroup], q_full)
+        if "q_segments" in self.memory:
+            ids = self.refs["q_segments"].at[self.b, self.rows]
+            plgpu.copy_gmem_to_smem(ids, self.memory["q_segments"].at[self.warpgroup], q_full)
         plgpu.barrier_wait(q_full)
-        held = self.own_row_values()
+        row_keys = self.row_keys()
 
         def idle(index):
             at = slot(index, self.config.stages)
@@ -177,7 +185,7 @@ class _Block:
             self.visits.sweep(
                 self.warpgroup,
                 idle,
-                lambda index, tile, partial: self.step(index, tile, partial, held, m, total, accs),
+                lambda index, tile, partial: self.step(index, tile, partial, row_keys, m, total, accs),
             )
 
         self.finish(*self.running(sweep))
@@ -201,20 +209,23 @@ class _Block:
         m, total, accs = refs
         return m[...], total[...], [acc[...] for acc in accs]
 
-    def own_row_values(self) -> dict[str, list[Array]]:
-        """The segment ids and the dropout keys of the warpgroup's rows, which it holds in registers."""
+    def row_keys(self) -> list[Array]:
+        """The dropout keys of the warpgroup's rows, which it holds in registers; none without dropout."""
+        if "row_keys" not in self.refs:
+            return []
+        keys = self.refs["row_keys"].at[self.b, self.head]
+        return [plgpu.load(keys.at[i, self.rows], layout=WGMMA.reduce(1), optimized=False) for i in range(2)]
 
-        def load(ref, *index):
-            return plgpu.load(ref.at[(self.b, *index, self.rows)], layout=WGMMA.reduce(1), optimized=False)
-
-        held = {}
-        if "q_segments" in self.refs:
-            held["segments"] = [load(self.refs["q_segments"])]
-        if "row_keys" in self.refs:
-            held["row_keys"] = [load(self.refs["row_keys"], self.head, i) for i in range(2)]
-        return held
-
-    def step(self, index: Scalar, tile: Scalar, partial: Scalar, held: dict, m: Ref, total: Ref, accs: Sequence[Ref]):
+    def step(
+        self,
+        index: Scalar,
+        tile: Scalar,
+        partial: Scalar,
+        row_keys: list[Array],
+        m: Ref,
+        total: Ref,
+        accs: Sequence[Ref],
+    ) -> None:
         """One tile of keys and values into the running state."""
         memory, spec, shape = self.memory, self.launch.spec, (self.config.rows, self.config.keys)
         at = slot(index, self.config.stages)
@@ -228,12 +239,16 @@ class _Block:
 
         plgpu.barrier_wait(memory["k_full"].at[at])
         s = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-        plgpu.barrier_arrive(memory["k_free"].at[at])
+        if "k_segments" not in memory:  # which are read below
+            plgpu.barrier_arrive(memory["k_free"].at[at])
         factor = spec.scale * LOG2E
         if spec.soft_cap is not None:
             s, factor = jnp.tanh(s * (spec.scale / spec.soft_cap)), spec.soft_cap * LOG2E
         if partial is not False:
-            s = lax.cond(partial, lambda s: self.hide(s, tile, held), lambda s: s, s)
+            s = self.hide(s, tile, partial, at)
+        if "k_segments" in memory:
+            plgpu.commit_smem()  # ids were read, and TMA will write there
+            plgpu.barrier_arrive(memory["k_free"].at[at])
         m_old = m[...]
         m_new = jnp.maximum(m_old, s.max(axis=1) * factor)
         alpha = jnp.exp2(m_old - m_new)
@@ -242,8 +257,8 @@ class _Block:
         m[...] = m_new
         for acc in accs:
             acc[...] = acc[...] * broadcast(alpha, acc.shape, 0)
-        if "row_keys" in held:
-            p = self.drop(p, tile, held)
+        if row_keys:
+            p = self.drop(p, tile, row_keys)
         p = p.astype(self.launch.dtype)
         plgpu.barrier_wait(memory["v_full"].at[at])
         self.accumulate(accs, p, v_tile)
@@ -267,36 +282,66 @@ class _Block:
 
             acc[...] = acc[...] + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
 
-    def hide(self, s: Array, tile: Scalar, held: dict) -> Array:
-        """Scores with -inf where a mask hides the key."""
-        visits, spec, checks = self.launch.visits, self.launch.spec, []
-        # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the side
-        # of the limit, of which a thread has one or two, each comparison is with a constant.
-        column = positions(s.shape, 1)
-        lane, column = column & 6, column & ~6
-        first = lax.optimization_barrier(tile * self.config.keys)
-        limits = []
-        if "key_lengths" in self.refs:
-            limits.append(self.refs["key_lengths"][self.b] - 1 - first - lane)
-        elif visits.step.length % self.config.keys:
-            limits.append(visits.step.length - 1 - first - lane)
-        if (spec.lower, spec.upper) != (None, None):
-            row = positions(s.shape, 0) - lane + (self.start - first)
-            if spec.upper is not None:
-                limits.append(row + spec.upper)
-            if spec.lower is not None:
-                checks.append(column >= row + spec.lower)
-        if limits:
-            checks.append(column <= functools.reduce(jnp.minimum, limits))
-        if "segments" in held:
-            place = (self.b, pl.ds(first, self.config.keys))
-            of_keys = plgpu.load(self.refs["k_segments"].at[place], layout=WGMMA.reduce(0), optimized=False)
-            checks.append(broadcast(held["segments"][0], s.shape, 0) == broadcast(of_keys, s.shape, 1))
-        return jnp.where(functools.reduce(operator.and_, checks), s, -jnp.inf) if checks else s
+    def hide(self, s: Array, tile: Scalar, partial: Scalar, at: Scalar) -> Array:
+        """Scores with -inf where a mask hides the key, in a tile that is seen in part; at: its slot.
 
-    def drop(self, p: Array, tile: Scalar, held: dict) -> Array:
+        Each mask is a branch of its own. In one branch the compiler would keep what each says of all entries in
+        registers until it has the last.
+        """
+        asked = partial
+        for number, shows in enumerate(self.masks(s.shape, tile, at)):
+            if number > 0:  # else the branches become one
+                s, again = lax.optimization_barrier((s, jnp.where(partial, 1, 0)))
+                asked = again == 1
+            s = lax.cond(asked, lambda s, shows=shows: jnp.where(shows(), s, -jnp.inf), lambda s: s, s)
+        return s
+
+    def masks(self, shape: tuple[int, ...], tile: Scalar, at: Scalar) -> Iterator[Callable[[], Array]]:
+        """What says which entries of a tile a mask shows, mask by mask."""
+        visits, lower, upper = self.launch.visits, self.launch.spec.lower, self.launch.spec.upper
+        ends_within = "key_lengths" in self.refs or visits.step.length % self.config.keys != 0
+
+        def places() -> tuple[Array, Array, Array, Array]:
+            """The tile's first key, and of each entry the row from there, and the column in two summands."""
+            # A thread's columns are a constant of each register plus the lane's share, bits 1 and 2: with that on the
+            # side of the limit, of which a thread has one or two, each comparison is with a constant.
+            column, first = positions(shape, 1), lax.optimization_barrier(tile * self.config.keys)
+            return first, positions(shape, 0) + (self.start - first), column & ~6, column & 6
+
+        def before_the_end() -> Array:
+            first, row, column, lane = places()
+            limits = []
+            if ends_within:
+                end = self.refs["key_lengths"][self.b] if "key_lengths" in self.refs else visits.step.length
+                limits.append(end - 1 - first - lane)
+            if upper is not None:
+                limits.append(row - lane + upper)
+            return column <= functools.reduce(jnp.minimum, limits)
+
+        if ends_within or upper is not None:
+            yield before_the_end
+        if lower is not None:
+
+            def from_the_first() -> Array:
+                _, row, column, lane = places()
+                return column >= row - lane + lower
+
+            yield from_the_first
+        if "k_segments" in self.memory:
+
+            def in_the_segment() -> Array:
+                sides = self.memory["q_segments"].at[self.warpgroup], self.memory["k_segments"].at[at]
+                of_rows, of_keys = (
+                    broadcast(plgpu.load(ids, layout=WGMMA.reduce(1 - axis), optimized=False), shape, axis)
+                    for axis, ids in enumerate(sides)
+                )
+                return of_rows == of_keys
+
+            yield in_the_segment
+
+    def drop(self, p: Array, tile: Scalar, row_keys: list[Array]) -> Array:
         """Probabilities with zeros where dropout drops them; the factor 1 / (1 - rate) comes at the end."""
-        key1, key2 = (broadcast(x, p.shape, 0) for x in held["row_keys"])
+        key1, key2 = (broadcast(x, p.shape, 0) for x in row_keys)
         column = (positions(p.shape, 1) + tile * self.config.keys).astype(jnp.uint32)
         return jnp.where(dropout.keep(key1, key2, column, self.launch.spec.dropout_rate), p, 0.0)
 

@@ -50,8 +50,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
     Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128.
-    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry or dropout and segments
-    together do, do not fit: there dK and dV are launches of their own.
+    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry, do not fit, nor split
+    beside dropout and segments together: there dK and dV are launches of their own.
     """
     tiles = TileConfig()
     capped, segmented = spec.soft_cap is not None, operands.query_segments is not None
@@ -60,10 +60,12 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         fused = None
         if head_dim <= 64 and not (capped and segmented and dropping):
             fused = TileConfig(step=128)
-        elif 64 < head_dim <= 128 and not (capped or segmented):
-            fused = TileConfig(dq_tiles=2)
+        elif 64 < head_dim <= 128 and not capped:
+            fused = TileConfig(dq_tiles=1 if segmented else 2)  # segment ids take the memory of the second
         if fused is not None:
-            return fused_config(fused, spec, **tuned("flash_backward", head_dim))
+            # The blocks of a segment are few and wait for each other at the same tile: more heads side by side.
+            table = "flash_backward_packed" if segmented else "flash_backward"
+            return fused_config(fused, spec, **tuned(table, head_dim))
     if head_dim <= 64 or (head_dim <= 128 and not (capped or (dropping and segmented))):
         return BackwardConfig(((("dk", "dv"), tiles), (("dq",), tiles)))
     if head_dim <= 192:

@@ -38,9 +38,9 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
         return config
     if operands.block_mask is not None and operands.block_mask.block_kv % config.keys:
         config = replace(config, keys=64)
-    # What segments and dropout keep for each row, and dropout's arithmetic, do not fit into 160 registers beside the
-    # rest at head dim 128, nor both at 64.
-    extras = (operands.query_segments is not None) + 2 * (spec.dropout_rate > 0.0)
-    if extras and (head_dim > 64 or extras > 2):
-        config = replace(config, warpgroups=2)
+    if spec.dropout_rate > 0.0:
+        # Its arithmetic needs registers, more so beside masks that read arrays or have two sides.
+        crowded = operands.key_lengths is not None or operands.query_segments is not None or spec.lower is not None
+        keys, warpgroups = (64, 3 if head_dim <= 64 else 2) if crowded else (config.keys, 2)
+        config = replace(config, keys=keys, warpgroups=warpgroups)
     return config

@@ -90,6 +90,7 @@ FLASH_OPTIONS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "segments": lambda shape: {"is_causal": True, "segment_ids": jnp.zeros((shape.B, shape.length), jnp.int32)},
     "block-mask": lambda shape: {"block_mask": BlockMask.butterfly(shape.length, shape.length)},
     "dropout": lambda shape: {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)},
+    "segments-dropout": lambda shape: FLASH_OPTIONS["segments"](shape) | FLASH_OPTIONS["dropout"](shape),
 }
 
 

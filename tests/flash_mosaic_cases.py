@@ -38,6 +38,7 @@ SOFT_CAP_AND_DROPOUT = [
     Case(130, 70, N=2, H=64, options={"logits_soft_cap": 5.0}),
     Case(130, 130, N=2, data=("segment_ids",), options={"logits_soft_cap": 2.0, "is_causal": True}),
     Case(130, 70, N=2, H=64, data=("dropout",)),
+    Case(200, 200, N=2, K=1, H=128, data=("dropout", "segment_ids"), options={"is_causal": True}),
     Case(130, 130, N=2, K=1, data=("dropout", "segment_ids"), options={"is_causal": True, "logits_soft_cap": 5.0}),
 ]
 BLOCK_MASKS = [

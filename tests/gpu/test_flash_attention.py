@@ -50,6 +50,7 @@ CASES = [
     Case(1000, 1000, N=4, H=128, data=("segment_ids",), options={"is_causal": True}),
     Case(1000, 1000, N=2, H=64, data=("segment_ids",), options={"local_window_size": 130, "is_causal": True}),
     Case(700, 1000, N=4, H=64, data=("two_segment_ids", "key_value_seq_lengths")),
+    Case(700, 1000, N=4, K=2, H=128, data=("two_segment_ids", "key_value_seq_lengths", "dropout")),
     Case(1000, 1000, N=2, H=128, data=("segment_ids", "dropout"), options={"logits_soft_cap": 30.0}),
     Case(500, 700, N=2, H=64, data=("dropout",), options={"is_causal": True, "query_offset": 200}),
     Case(1000, 1500, N=2, H=128, data=("wide_block_mask",)),

@@ -86,7 +86,11 @@ MUTANTS = {
     "a slot filled before it is free": ("plgpu.barrier_wait(free.at[at])", "None"),
     "slots not drained": ("drain(self.visits.count, config.stages, free)", "pass"),
     "the output not waited for": ("plgpu.wait_smem_to_gmem(0)", "pass"),
-    "the end of the keys not hidden": ("elif visits.step.length % self.config.keys:", "elif False:"),
+    "segment ids freed early": (
+        "s = self.hide(s, tile, partial, at)",
+        'plgpu.barrier_arrive(memory["k_free"].at[at]); s = self.hide(s, tile, partial, at)',
+    ),
+    "the end of the keys not hidden": ("visits.step.length % self.config.keys != 0", "False"),
     "the output not rescaled": ("acc[...] = acc[...] * broadcast(alpha, acc.shape, 0)", "pass"),
 }
 
@@ -94,6 +98,8 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_are_caught(name):
     case = Case(5, 30, N=1, K=1, H=64) if "end of the keys" in name else Case(70, 600, N=1, K=1, H=64)
+    if "segment" in name:
+        case = case._replace(data=("two_segment_ids",))
     arrays = make(case, BFLOAT16)
     mistake = MUTANTS[name]
     module = mosaic if mistake is None else mutant(mosaic, *mistake)
