@@ -63,7 +63,8 @@ def run(engine: LLMEngine, prompts: list[list[int]], new: int, note: Callable[[f
 def engine_of(name: str, batch: int, limit: int) -> LLMEngine:
     """With room for so many requests of so many tokens."""
     config = CONFIGS[name]
-    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=DTYPE))()
+    # Drawn weight by weight: one program that draws all of an 8B model's takes a GPU's compiler a minute and a half.
+    model = Llama(config, rngs=nnx.Rngs(0), dtype=DTYPE)
     return LLMEngine(
         model,
         None,
