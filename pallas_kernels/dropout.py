@@ -32,7 +32,7 @@ def row_keys(seed0: Array, seed1: Array, head: Array, row: Array) -> tuple[Array
 def keep(key1: Array, key2: Array, column: Array, rate: float) -> Array:
     """Whether the entry of a row (by its keys) and a column (uint32) is kept: True with probability 1 - rate.
 
-    It is compared by its upper bits, which the bijection's last shift would leave as they are: nine instructions.
+    The upper bits decide, which the last step of `_mix` would leave as they are; so that is left out.
     """
     x = column + key1
     x = (x ^ lax.shift_right_logical(x, jnp.full_like(x, 16))) * _M1

@@ -50,8 +50,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     """What compiles for a Hopper GPU without spills. head_dim: a multiple of 64.
 
     Fused, a step has 64 x 64 of dQ for each of two warpgroups: 128 queries at head dim 64, 64 at 128.
-    Two accumulators of 64 x 192, or of 64 x 128 beside what a soft cap keeps for each entry, do not fit, nor split
-    beside dropout and segments together: there dK and dV are launches of their own.
+    Two accumulators of 64 x 192 do not fit, nor of 64 x 128 beside what a soft cap keeps for each entry or, under a
+    block mask, dropout and segments together do: there dK and dV are launches of their own.
     """
     tiles = TileConfig()
     capped, segmented = spec.soft_cap is not None, operands.query_segments is not None
