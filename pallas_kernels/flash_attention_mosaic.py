@@ -35,6 +35,7 @@ from .mosaic_common import (
     multiply_transposed,
     padded,
     positions,
+    same_id,
     slot,
     store_tile,
     tile_memory,
@@ -330,12 +331,7 @@ class _Block:
         if "k_segments" in self.memory:
 
             def in_the_segment() -> Array:
-                sides = self.memory["q_segments"].at[self.warpgroup], self.memory["k_segments"].at[at]
-                of_rows, of_keys = (
-                    broadcast(plgpu.load(ids, layout=WGMMA.reduce(1 - axis), optimized=False), shape, axis)
-                    for axis, ids in enumerate(sides)
-                )
-                return of_rows == of_keys
+                return same_id((self.memory["q_segments"].at[self.warpgroup], self.memory["k_segments"].at[at]), shape)
 
             yield in_the_segment
 

@@ -41,6 +41,8 @@ def default_config(head_dim: int, operands: AttentionOperands, spec: AttentionSp
     if spec.dropout_rate > 0.0:
         # Its arithmetic needs registers, more so beside masks that read arrays or have two sides.
         crowded = operands.key_lengths is not None or operands.query_segments is not None or spec.lower is not None
-        keys, warpgroups = (64, 3 if head_dim <= 64 else 2) if crowded else (config.keys, 2)
-        config = replace(config, keys=keys, warpgroups=warpgroups)
+        if crowded:
+            config = replace(config, keys=64)
+        if head_dim > 64 or not crowded:
+            config = replace(config, warpgroups=2)
     return config

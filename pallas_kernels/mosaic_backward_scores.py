@@ -21,7 +21,7 @@ from . import dropout
 from .attention_spec import AttentionSpec
 from .devices import interpreted
 from .flash_backward_config import Gradient, TileConfig
-from .mosaic_common import PANEL, WGMMA, Scalar, broadcast, positions, tile_memory
+from .mosaic_common import PANEL, WGMMA, Ref, Scalar, broadcast, positions, same_id, tile_memory
 from .mosaic_visits import Visits
 from .online_softmax import LOG2E
 
@@ -198,18 +198,15 @@ class Block:
         if launch.fused and self.has_tail:
             checks.append(own < self.key_end - first)
         if "own_segments" in self.refs:
-            own_ids, step_ids = (broadcast(ids, shape, i) for i, ids in enumerate(self.segments(step_start, place)))
-            checks.append(own_ids == step_ids)
+            checks.append(same_id(self.segments(step_start, place), shape))
         return functools.reduce(operator.and_, checks)
 
-    def segments(self, step_start: Scalar, place: tuple) -> list[jax.Array]:
-        """The segment ids along both axes of a tile, where fused from shared memory, at `place` in the ring.
+    def segments(self, step_start: Scalar, place: tuple) -> tuple[Ref, Ref]:
+        """The segment ids along both axes of a tile, where fused in shared memory, at `place` in the ring.
 
         Split, at head dim 256, the kernels have no registers for that.
         """
         if "own_segments" in self.memory:
-            sides = self.memory["own_segments"].at[self.warpgroup], self.memory["step_segments"].at[place]
-        else:
-            step = pl.ds(step_start, self.launch.shape[1])
-            sides = self.refs["own_segments"].at[self.b, self.own_rows], self.refs["step_segments"].at[self.b, step]
-        return [plgpu.load(ids, layout=WGMMA.reduce(1 - axis), optimized=False) for axis, ids in enumerate(sides)]
+            return self.memory["own_segments"].at[self.warpgroup], self.memory["step_segments"].at[place]
+        step = pl.ds(step_start, self.launch.shape[1])
+        return self.refs["own_segments"].at[self.b, self.own_rows], self.refs["step_segments"].at[self.b, step]

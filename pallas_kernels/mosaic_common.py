@@ -91,6 +91,12 @@ def positions(shape: tuple[int, ...], axis: int, dtype: jnp.dtype = jnp.int32) -
     return plgpu.broadcasted_iota(dtype, shape, axis, layout=WGMMA)
 
 
+def same_id(sides: Sequence[Ref], shape: tuple[int, ...]) -> jax.Array:
+    """Which entries of a tile have one id on both sides, the ids that run along axis 0 and those along axis 1."""
+    along = [plgpu.load(ids, layout=WGMMA.reduce(1 - axis), optimized=False) for axis, ids in enumerate(sides)]
+    return broadcast(along[0], shape, 0) == broadcast(along[1], shape, 1)
+
+
 def slot(step: Scalar, stages: int) -> jax.Array:
     return lax.rem(jnp.int32(step), jnp.int32(stages))
 
